@@ -1,0 +1,3 @@
+"""qmail-smtpd in Python; `smtpd` composes the program, docs/design.md shows the parts."""
+
+__version__ = "1.0.0"

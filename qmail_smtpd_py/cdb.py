@@ -1,0 +1,50 @@
+"""Constant databases (cdb(5)): whether a key is there, without reading the file into memory.
+
+The file starts with 256 pairs (position, slots) of little-endian 32-bit numbers.  The hash of a key
+chooses the pair by its low 8 bits and the first slot by the others; a slot is a pair (hash,
+position of the record); a record starts with the lengths of its key and its data.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class CdbError(Exception):
+    """The file is not a whole constant database."""
+
+
+def cdb_hash(key: bytes) -> int:
+    """The hash of a key (cdb(5))."""
+    value = 5381
+    for octet in key:
+        value = ((value << 5) + value) & 0xFFFFFFFF ^ octet
+    return value
+
+
+def contains(descriptor: int, key: bytes) -> bool:
+    """Whether the database has the key; raises CdbError, or OSError where reading fails."""
+    value = cdb_hash(key)
+    table, slots = _pair(descriptor, (value & 255) * 8)
+    for number in range(slots):
+        slot = ((value >> 8) + number) % slots
+        slot_hash, record = _pair(descriptor, table + slot * 8)
+        if not record:
+            return False
+        if slot_hash == value:
+            key_length, _ = _pair(descriptor, record)
+            if key_length == len(key) and _read(descriptor, record + 8, key_length) == key:
+                return True
+    return False
+
+
+def _pair(descriptor: int, position: int) -> tuple[int, int]:
+    octets = _read(descriptor, position, 8)
+    return int.from_bytes(octets[:4], "little"), int.from_bytes(octets[4:], "little")
+
+
+def _read(descriptor: int, position: int, length: int) -> bytes:
+    octets = os.pread(descriptor, length, position)
+    if len(octets) != length:
+        raise CdbError("the file is cut off")
+    return octets

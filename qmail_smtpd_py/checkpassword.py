@@ -1,0 +1,133 @@
+"""The check program: who somebody is, is decided by a program with checkpassword's interface.
+
+It reads `user \\0 password \\0` from descriptor 3, where SMTPAUTH names CRAM-MD5 with a third field,
+the challenge, and answers by its exit status.  Of ours it gets nothing else: /dev/null for input,
+the log for output, and no other descriptor; what it leaves running delays nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from . import reply
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from .reply import Reply
+    from .sasl import Credentials
+
+ACCEPTED = 0
+TEMPORARY_FAILURE = 111  # checkpassword's interface: trouble, not a wrong password
+
+FAILURE_DELAY = 5.0
+"""Seconds before a refusal is told, against guessing."""
+
+_RESET_SIGNALS = (13, 25)  # SIGPIPE and SIGXFSZ, which the interpreter ignores
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.0005, 0.02  # seconds between looks at the child
+
+
+def patience(timeout: float) -> float:
+    """Seconds that a check program may take, given timeoutsmtpd."""
+    return min(max(10.0, timeout), 60.0)
+
+
+def fields(credentials: Credentials, with_challenge: bool) -> bytes:
+    """What the check program reads from descriptor 3."""
+    text = b"%s\0%s\0" % (credentials.user, credentials.secret)
+    return text + credentials.challenge + b"\0" if with_challenge else text
+
+
+def authenticate(
+    arguments: Sequence[bytes],
+    text: bytes,
+    environ: Mapping[bytes, bytes],
+    seconds: float,
+    tell: Callable[[str], None],
+) -> Reply:
+    """Run the check program on the text for descriptor 3; the reply to what it made of it.
+
+    `seconds` is how long it may take; `tell` takes the words for the log where it is in trouble.
+    """
+    try:
+        child_end, our_end = os.pipe()
+    except OSError as error:
+        tell(f"no pipe for the check program: {error.strerror}")
+        return reply.AUTH_NO_PIPE
+    try:
+        pid = _start(arguments, child_end, environ)
+    except OSError as error:
+        name = os.fsdecode(arguments[0])
+        tell(f"cannot start check program {name}: {error.strerror} (uid {os.geteuid()})")
+        os.close(our_end)
+        return reply.AUTH_NO_CHILD
+    finally:
+        os.close(child_end)
+    deadline = time.monotonic() + seconds
+    _write(our_end, text, deadline)
+    os.close(our_end)
+    status = _wait(pid, deadline)
+    return _reply_to(status, seconds, tell)
+
+
+def _reply_to(status: int | None, seconds: float, tell: Callable[[str], None]) -> Reply:
+    """The reply to a wait status, None where the program was killed for taking too long."""
+    if status is None:
+        tell(f"check program killed: no answer in {seconds:g} s")
+        return reply.AUTH_TROUBLE
+    if os.WIFSIGNALED(status):
+        tell(f"check program ended by signal {os.WTERMSIG(status)}")
+        return reply.AUTH_TROUBLE
+    exit_status = os.WEXITSTATUS(status)
+    if exit_status == ACCEPTED:
+        return reply.AUTHENTICATED
+    if exit_status == TEMPORARY_FAILURE:
+        tell("check program has temporary trouble: exit status 111")
+        return reply.AUTH_TROUBLE
+    time.sleep(FAILURE_DELAY)
+    return reply.AUTH_FAILED
+
+
+def _start(arguments: Sequence[bytes], descriptor: int, environ: Mapping[bytes, bytes]) -> int:
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, 2, 1),
+        (os.POSIX_SPAWN_DUP2, descriptor, 3),
+    ]
+    return os.posix_spawnp(
+        arguments[0], arguments, environ, file_actions=actions, setsigdef=_RESET_SIGNALS
+    )
+
+
+def _write(descriptor: int, text: bytes, deadline: float) -> None:
+    """Write the text; a program that does not want all of it says what it thinks on exit."""
+    os.set_blocking(descriptor, False)
+    wait = _SHORTEST_WAIT
+    while text and time.monotonic() < deadline:
+        try:
+            text = text[os.write(descriptor, text) :]
+        except BlockingIOError:
+            time.sleep(wait)
+            wait = min(wait * 1.5, _LONGEST_WAIT)
+        except OSError:
+            return
+
+
+def _wait(pid: int, deadline: float) -> int | None:
+    """The child's wait status; None if it had to be killed.
+
+    The child alone is waited for, not the end of a pipe, which a daemon of its own would hold.
+    """
+    wait = _SHORTEST_WAIT
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        if time.monotonic() > deadline:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            return None
+        time.sleep(wait)
+        wait = min(wait * 1.5, _LONGEST_WAIT)

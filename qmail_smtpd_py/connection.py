@@ -1,0 +1,64 @@
+"""What is known of a connection and of the administrator's wishes before the first octet is read.
+
+Both are values, made once from an environment and the control files, and never changed: what is
+learnt during the session is the session's own.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .sasl import AuthPolicy
+
+
+class Connection:
+    """The connection as tcpserver describes it in the environment (tcp-environ(5)).
+
+    `remote_info` and `relay_client` are None where their variables are unset: an empty value means
+    something else.
+    """
+
+    __slots__ = (
+        "local",
+        "local_port",
+        "relay_client",
+        "remote_host",
+        "remote_info",
+        "remote_ip",
+    )
+
+    def __init__(self, environ: Mapping[bytes, bytes]) -> None:
+        self.remote_ip = environ.get(b"TCPREMOTEIP", b"unknown")
+        self.remote_host = environ.get(b"TCPREMOTEHOST", b"unknown")
+        self.remote_info = environ.get(b"TCPREMOTEINFO")
+        local_ip = environ.get(b"TCPLOCALIP", b"unknown")
+        self.local = environ.get(b"TCPLOCALHOST", local_ip)
+        self.local_port = environ.get(b"TCPLOCALPORT", b"0")
+        self.relay_client = environ.get(b"RELAYCLIENT")
+
+
+class Settings:
+    """What the administrator set, from control files and variables.
+
+    `greeting` is the name in the replies to connect, HELO, EHLO and QUIT; `databytes` the largest
+    message in octets, 0 for any; `auth` what SMTPAUTH says; `can_authenticate` whether there is a
+    check program; `force_tls` whether AUTH needs TLS.
+    """
+
+    __slots__ = ("auth", "can_authenticate", "databytes", "force_tls", "greeting")
+
+    def __init__(
+        self,
+        greeting: bytes,
+        databytes: int,
+        auth: AuthPolicy,
+        can_authenticate: bool,
+        force_tls: bool,
+    ) -> None:
+        self.greeting = greeting
+        self.databytes = databytes
+        self.auth = auth
+        self.can_authenticate = can_authenticate
+        self.force_tls = force_tls

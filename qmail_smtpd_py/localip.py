@@ -1,0 +1,67 @@
+"""Address literals of our own: `user@[192.0.2.1]` is `user@localiphost` where the IP is ours.
+
+Ours are the IPv4 addresses of the interfaces that are up, and 0.0.0.0, as in qmail's ipme.c.  They
+are looked up when an address has a literal, as most sessions have none.
+"""
+
+from __future__ import annotations
+
+_SIOCGIFCONF = 0x8912  # netdevice(7); all of Linux has these numbers
+_SIOCGIFFLAGS = 0x8913
+_IFF_UP = 1
+_NAME_SIZE = 16
+
+
+def localize(address: bytes, host: bytes) -> bytes:
+    """The address with `host` for its domain, if that is a literal with an IP address of ours."""
+    local_part, at, domain = address.rpartition(b"@")
+    if not at or not domain.startswith(b"[") or not domain.endswith(b"]"):
+        return address
+    ip = _parse(domain[1:-1])
+    if ip is None or (ip != bytes(4) and ip not in _our_addresses()):
+        return address
+    return local_part + at + host
+
+
+def _parse(text: bytes) -> bytes | None:
+    """The four octets of a dotted quad, or None."""
+    parts = text.split(b".")
+    if len(parts) != 4 or not all(part.isdigit() and len(part) <= 3 for part in parts):
+        return None
+    octets = [int(part) for part in parts]
+    return bytes(octets) if max(octets) < 256 else None
+
+
+def _our_addresses() -> set[bytes]:
+    """The IPv4 addresses of the interfaces that are up (netdevice(7)); none if they are not told."""
+    import socket
+    from fcntl import ioctl
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            found = set()
+            for request in _interfaces(sock.fileno()):
+                flags = ioctl(sock, _SIOCGIFFLAGS, request)[_NAME_SIZE : _NAME_SIZE + 2]
+                if int.from_bytes(flags, "little") & _IFF_UP:
+                    found.add(request[20:24])
+            return found
+    except OSError:
+        return set()
+
+
+def _interfaces(descriptor: int) -> list[bytes]:
+    """A `struct ifreq` for each address: the interface's name, and the address in it."""
+    from array import array
+    from fcntl import ioctl
+    from struct import calcsize, pack, unpack
+
+    size = _NAME_SIZE + (24 if calcsize("P") == 8 else 16)
+    room = 128 * size
+    while True:
+        buffer = array("B", bytes(room))
+        answer = ioctl(descriptor, _SIOCGIFCONF, pack("iP", room, buffer.buffer_info()[0]))
+        used: int = unpack("iP", answer)[0]
+        if used < room:
+            text = buffer.tobytes()[:used]
+            return [text[at : at + size] for at in range(0, used, size)]
+        room *= 2

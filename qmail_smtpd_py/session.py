@@ -1,0 +1,489 @@
+"""The SMTP session: octets in, octets out, and no input or output of its own.
+
+Theory of operation.  `receive` takes whatever octets came and returns the replies to them; how the
+octets are cut into pieces makes no difference.  `state` says one thing only: what the next octets
+mean.  What else is known stands beside it, each fact with one place where it is set and one where
+it is forgotten:
+
+    transaction      set by MAIL; dropped by RSET, HELO, EHLO, DATA and TLS
+    helo             set by HELO and EHLO; dropped by TLS
+    user             set by AUTH; dropped by TLS; RSET and HELO leave it
+    relay_client, remote_info
+                     start as the environment has them; set by AUTH, a client certificate and
+                     MAIL's AUTH=; TLS makes them what they were at the start
+    cipher           set by TLS, once
+
+A command is a row of VERBS: its name, the checks that must hold first (RFC 5321 section 4.3.2 can
+be read off them) and its method.  A check returns the reply that refuses, or None.  A reply that is
+marked final closes the session, and what came behind it is not looked at.
+"""
+
+from __future__ import annotations
+
+from . import path, reply, sasl, trace
+from .effects import ControlError, Identity
+from .reply import Reply
+from .transaction import Message, Transaction
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .connection import Connection, Settings
+    from .effects import Effects
+
+    Check = Callable[["Session"], "Reply | None"]
+    Verb = Callable[["Session", bytes], Reply]
+
+COMMAND, AUTH_RESPONSE, MAIL_DATA, TLS_HANDSHAKE, CLOSED = range(5)
+"""What the next octets mean."""
+
+LINE_LIMIT = 16384
+"""Octets in a command line, without its CR LF: 32 times what RFC 5321 section 4.5.3.1.4 asks."""
+
+
+class Session:
+    """One session; see the head of this file.
+
+    `exit_status` is what the program ends with: 0 after QUIT, 1 in every other case.
+    """
+
+    def __init__(self, connection: Connection, settings: Settings, effects: Effects) -> None:
+        self.state = COMMAND
+        self.exit_status = 1
+        self._connection = connection
+        self._settings = settings
+        self._effects = effects
+        self._unread = b""  # read from the client, and from _at on not looked at
+        self._at = 0
+        self._too_long = False  # the line that is being read is beyond its limit
+        self._replies: list[bytes] = []
+        self._cipher: bytes | None = None
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Know no more of the client than the environment tells (RFC 3207 section 4.2)."""
+        self._helo: bytes | None = None
+        self._user: bytes | None = None
+        self._relay_client = self._connection.relay_client
+        self._remote_info = self._connection.remote_info
+        self._certificate: bytes | None = None
+        self._certificate_asked = False
+        self._no_certificate = b""
+        self._transaction: Transaction | None = None
+        self._message: Message | None = None
+        self._exchange: sasl.Exchange | None = None
+        self._mechanism = b""
+
+    # The outside
+
+    def greet(self) -> bytes:
+        """The opening message."""
+        return reply.greeting(self._settings.greeting).render()
+
+    def receive(self, data: bytes) -> bytes:
+        """Take in what the client sent; the replies to it."""
+        self._unread += data
+        try:
+            while self.state in _READERS and _READERS[self.state](self):
+                pass
+        except ControlError as error:
+            self._effects.log("error", {"why": str(error)})
+            self._reply(reply.CONTROLS_UNREADABLE)
+        self._unread = self._unread[self._at :]
+        self._at = 0
+        replies = b"".join(self._replies)
+        self._replies.clear()
+        return replies
+
+    def tls_started(self, cipher: bytes) -> None:
+        """A handshake is complete: what was said before it counts no more."""
+        self._start_over()
+        self._cipher = cipher
+        self.state = COMMAND
+
+    def time_out(self) -> bytes:
+        """The client was silent for too long; what it is told."""
+        self._close()
+        return reply.TIMEOUT.render()
+
+    def connection_lost(self) -> None:
+        """Nothing more will come: a message that is not whole must not be queued."""
+        self._close()
+
+    def _reply(self, answer: Reply) -> None:
+        self._replies.append(answer.render())
+        if answer.final:
+            self._close()
+
+    def _close(self) -> None:
+        message, self._message = self._message, None
+        if message:
+            self._log_mail(message, "cut off")
+            message.delivery.cancel()
+        self.state = CLOSED
+        self._discard()
+
+    def _discard(self) -> None:
+        """Leave what came and was not read yet unread."""
+        self._unread, self._at = b"", 0
+
+    # Lines
+
+    def _line(self, limit: int) -> bytes | None:
+        """The next line without LF and the CR before it, or None if it is not all there.
+
+        A line of more than `limit` octets is not kept: what is returned is its end, and `_too_long`
+        is set.
+        """
+        end = self._unread.find(b"\n", self._at)
+        if end < 0:
+            if len(self._unread) - self._at > limit + 1:  # one may be the CR of the line end
+                self._too_long = True
+                self._discard()
+            return None
+        line = self._unread[self._at : end]
+        self._at = end + 1
+        if line.endswith(b"\r"):
+            line = line[:-1]
+        if len(line) > limit:
+            self._too_long = True
+        return line
+
+    def _read_command(self) -> bool:
+        """Obey the next command; False if there is none yet."""
+        line = self._line(LINE_LIMIT)
+        if line is None:
+            return False
+        if self._too_long:
+            self._too_long = False
+            self._reply(reply.LINE_TOO_LONG)
+            return True
+        verb, _, argument = line.partition(b"\0")[0].partition(b" ")
+        checks, obey = VERBS.get(verb.upper(), _UNKNOWN)
+        for check in checks:
+            refusal = check(self)
+            if refusal:
+                self._reply(refusal)
+                return True
+        self._reply(obey(self, argument.lstrip(b" ")))
+        return True
+
+    # Commands that leave the transaction alone (RFC 5321 section 4.1.1)
+
+    def _noop(self, argument: bytes) -> Reply:
+        return reply.OK
+
+    def _vrfy(self, argument: bytes) -> Reply:
+        return reply.CANNOT_VRFY
+
+    def _help(self, argument: bytes) -> Reply:
+        return reply.HELP
+
+    def _unknown(self, argument: bytes) -> Reply:
+        return reply.UNIMPLEMENTED
+
+    def _quit(self, argument: bytes) -> Reply:
+        self.exit_status = 0
+        return reply.goodbye(self._settings.greeting)
+
+    # Commands that end a transaction
+
+    def _hello(self, argument: bytes) -> Reply:
+        self._transaction = None
+        same = argument.lower() == self._connection.remote_host.lower()
+        self._helo = None if same else argument
+        return Reply(250, self._settings.greeting)
+
+    def _extended_hello(self, argument: bytes) -> Reply:
+        self._hello(argument)
+        lines = [self._settings.greeting]
+        if self._cipher is None and self._effects.offers_tls():
+            lines.append(b"STARTTLS")
+        lines += [b"PIPELINING", b"8BITMIME"]
+        if self._settings.auth.mechanisms and not self._auth_needs_tls():
+            lines.append(b"AUTH " + b" ".join(self._settings.auth.mechanisms))
+        lines.append(b"SIZE %d" % self._settings.databytes)
+        return Reply(250, *lines)
+
+    def _rset(self, argument: bytes) -> Reply:
+        self._transaction = None
+        return reply.FLUSHED
+
+    # The transaction
+
+    def _check_authorized(self) -> Reply | None:
+        required = self._settings.auth.required and self._user is None
+        return reply.AUTH_REQUIRED if required else None
+
+    def _check_mail(self) -> Reply | None:
+        return None if self._transaction else reply.MAIL_FIRST
+
+    def _check_rcpt(self) -> Reply | None:
+        return None if self._transaction and self._transaction.recipients else reply.RCPT_FIRST
+
+    def _address(self, argument: bytes) -> bytes:
+        """The address in an argument; raises PathError."""
+        return path.check_length(self._effects.localize(path.parse_path(argument)))
+
+    def _mail(self, argument: bytes) -> Reply:
+        try:
+            sender = self._address(argument)
+        except path.PathError as error:
+            return self._refuse(reply.SYNTAX, why=str(error))
+        if not self._heed_parameters(argument):
+            return self._refuse(reply.TOO_BIG, sender=sender)
+        self._transaction = Transaction(sender, self._effects.is_sender_blocked(sender))
+        return reply.OK
+
+    def _heed_parameters(self, argument: bytes) -> bool:
+        """Take note of MAIL's parameters; False if SIZE (RFC 1870) is beyond databytes."""
+        for word in path.parameters(argument):
+            keyword, value = word[:5].upper(), word[5:]
+            if keyword == b"SIZE=" and 0 < self._settings.databytes < path.number(value):
+                return False
+            # Only of a client that is trusted anyway (RFC 4954 section 5).
+            if keyword == b"AUTH=" and self._relay_client is not None and self._remote_info is None:
+                self._remote_info = path.decode_auth_parameter(value)
+        return True
+
+    def _rcpt(self, argument: bytes) -> Reply:
+        transaction = self._transaction
+        assert transaction  # _check_mail
+        sender = transaction.sender
+        try:
+            recipient = self._address(argument)
+        except path.PathError as error:
+            return self._refuse(reply.SYNTAX, why=str(error), sender=sender)
+        if transaction.blocked:
+            return self._refuse(reply.SENDER_BLOCKED, sender=sender, recipient=recipient)
+        if not self._may_send_to(recipient):
+            denied = reply.relaying_denied(self._cipher is not None, self._no_certificate)
+            return self._refuse(denied, sender=sender, recipient=recipient)
+        recipient += self._relay_client or b""
+        if not transaction.add(recipient):
+            return self._refuse(reply.TOO_MANY_RECIPIENTS, sender=sender, recipient=recipient)
+        return reply.OK
+
+    def _may_send_to(self, recipient: bytes) -> bool:
+        return (
+            self._relay_client is not None
+            or self._effects.is_recipient_allowed(recipient)
+            or self._is_certified()
+        )
+
+    def _is_certified(self) -> bool:
+        """Whether a client certificate makes this a relaying client from now on; asked once."""
+        if self._cipher is None or self._certificate_asked:
+            return False
+        self._certificate_asked = True
+        self._certificate, self._no_certificate = self._effects.certified_client()
+        if self._certificate is None:
+            return False
+        self._relay_client = b""
+        return True
+
+    def _refuse(
+        self,
+        answer: Reply,
+        sender: bytes | None = None,
+        recipient: bytes | None = None,
+        why: str | None = None,
+    ) -> Reply:
+        """The reply itself, with a line in the log for it."""
+        why = why or answer.lines[0].decode("latin-1")
+        fields = {"result": "refused", "code": answer.code, "why": why}
+        self._effects.log("mail", {**fields, "from": sender, "to": recipient})
+        return answer
+
+    # Mail data
+
+    def _data(self, argument: bytes) -> Reply:
+        assert self._transaction  # _check_mail
+        transaction, self._transaction = self._transaction, None
+        delivery = self._effects.open_delivery(self._identity())
+        if delivery is None:
+            return self._refuse(reply.NO_DELIVERY, sender=transaction.sender)
+        self._message = Message(transaction, delivery, self._settings.databytes)
+        protocol = trace.protocol(self._cipher, self._user is not None, self._certificate)
+        now = self._effects.now()
+        delivery.write(
+            trace.received(self._connection, self._remote_info, self._helo, protocol, now)
+        )
+        self.state = MAIL_DATA
+        return reply.GO_AHEAD
+
+    def _identity(self) -> Identity:
+        return Identity(self._relay_client, self._remote_info)
+
+    def _read_mail_data(self) -> bool:
+        """Pass on the mail data that came; False if there is more to come."""
+        message = self._message
+        assert message  # set with the state
+        text = message.data.receive(self._unread[self._at :])
+        self._discard()
+        if message.data.stray_newline:
+            self._reply(reply.STRAY_NEWLINE)
+            return False
+        if not message.is_too_big:
+            message.delivery.write(text)
+        if not message.data.complete:
+            return False
+        self._unread = message.data.rest
+        self._message = None
+        self.state = COMMAND
+        self._reply(self._finish(message))
+        return True
+
+    def _finish(self, message: Message) -> Reply:
+        """What became of a message that was read to its end."""
+        if message.is_looping or message.is_too_big:
+            message.delivery.cancel()
+            answer = reply.TOO_MANY_HOPS if message.is_looping else reply.TOO_BIG
+        else:
+            refusal = message.delivery.close(message.transaction.envelope())
+            answer = refusal or reply.accepted(self._effects.now(), message.delivery.pid)
+        self._log_mail(message, "accepted" if answer.code == 250 else "refused", answer)
+        return answer
+
+    def _log_mail(self, message: Message, result: str, answer: Reply | None = None) -> None:
+        refused = answer is not None and answer.code != 250
+        fields = {
+            "result": result,
+            "code": answer.code if answer else None,
+            "why": answer.lines[0] if answer and refused else None,
+            "size": message.data.size,
+            "qp": message.delivery.pid,
+            "user": self._user,
+            "from": message.transaction.sender,
+            "to": message.transaction.recipients,
+        }
+        self._effects.log("mail", fields)
+
+    # STARTTLS (RFC 3207)
+
+    def _starttls(self, argument: bytes) -> Reply:
+        # What stands behind it was said in clear, whatever the answer: it must not count.
+        self._discard()
+        if self._cipher is not None:
+            return reply.UNIMPLEMENTED
+        if argument:
+            return reply.STARTTLS_ARGUMENT
+        refusal = self._effects.prepare_tls()
+        if refusal:
+            return refusal
+        self.state = TLS_HANDSHAKE
+        return reply.READY_FOR_TLS
+
+    # AUTH (RFC 4954 section 4)
+
+    def _check_auth_available(self) -> Reply | None:
+        settings = self._settings
+        available = settings.auth.mechanisms and settings.can_authenticate
+        return None if available else reply.AUTH_UNAVAILABLE
+
+    def _check_not_authenticated(self) -> Reply | None:
+        return None if self._user is None else reply.AUTH_ALREADY
+
+    def _check_no_transaction(self) -> Reply | None:
+        return reply.AUTH_IN_TRANSACTION if self._transaction else None
+
+    def _check_tls_for_auth(self) -> Reply | None:
+        if not self._auth_needs_tls():
+            return None
+        self._effects.log("auth", {"result": "refused", "code": 538, "why": "AUTH without TLS"})
+        return reply.AUTH_NEEDS_TLS
+
+    def _auth_needs_tls(self) -> bool:
+        return self._settings.force_tls and self._cipher is None
+
+    def _auth(self, argument: bytes) -> Reply:
+        name, _, initial = argument.partition(b" ")
+        name = name.upper()
+        if name not in self._settings.auth.mechanisms:
+            return reply.AUTH_UNKNOWN_MECHANISM
+        self._mechanism = name
+        self._exchange = sasl.MECHANISMS[name](
+            initial.lstrip(b" ") or None, self._effects.new_challenge
+        )
+        return self._continue(None)
+
+    def _read_auth_response(self) -> bool:
+        """Go on with the exchange; False if the response is not all there."""
+        line = self._line(sasl.LINE_LIMIT)
+        if line is None:
+            return False
+        self.state = COMMAND
+        if self._too_long:
+            self._too_long = False
+            self._reply(reply.AUTH_LINE_TOO_LONG)
+        elif line == b"*":
+            self._reply(reply.AUTH_CANCELED)
+        else:
+            self._reply(self._continue(line))
+        return True
+
+    def _continue(self, response: bytes | None) -> Reply:
+        """The next challenge, or the outcome, of the exchange."""
+        assert self._exchange
+        try:
+            challenge = self._exchange.send(response)  # type: ignore[arg-type]
+        except StopIteration as end:
+            return self._authenticate(end.value)
+        except sasl.Malformed:
+            return self._log_auth(reply.AUTH_MALFORMED)
+        self.state = AUTH_RESPONSE
+        return reply.challenge(sasl.encode(challenge))
+
+    def _authenticate(self, credentials: sasl.Credentials) -> Reply:
+        answer = self._effects.authenticate(credentials, self._identity())
+        if answer is reply.AUTHENTICATED:
+            self._user = self._remote_info = credentials.user
+            self._relay_client = b""
+        return self._log_auth(answer, credentials.user)
+
+    def _log_auth(self, answer: Reply, user: bytes | None = None) -> Reply:
+        ok = answer is reply.AUTHENTICATED
+        fields = {
+            "result": "ok" if ok else "failed",
+            "mechanism": self._mechanism,
+            "tls": "yes" if self._cipher else "no",
+            "code": answer.code,
+            "why": None if ok else answer.lines[0],
+            "user": user,
+        }
+        self._effects.log("auth", fields)
+        return answer
+
+
+_AUTH_CHECKS: tuple[Check, ...] = (
+    Session._check_auth_available,
+    Session._check_not_authenticated,
+    Session._check_no_transaction,
+    Session._check_tls_for_auth,
+)
+
+VERBS: dict[bytes, tuple[tuple[Check, ...], Verb]] = {
+    b"HELO": ((), Session._hello),
+    b"EHLO": ((), Session._extended_hello),
+    b"STARTTLS": ((), Session._starttls),
+    b"AUTH": (_AUTH_CHECKS, Session._auth),
+    b"MAIL": ((Session._check_authorized,), Session._mail),
+    b"RCPT": ((Session._check_mail,), Session._rcpt),
+    b"DATA": ((Session._check_mail, Session._check_rcpt), Session._data),
+    b"RSET": ((), Session._rset),
+    b"VRFY": ((), Session._vrfy),
+    b"HELP": ((), Session._help),
+    b"NOOP": ((), Session._noop),
+    b"QUIT": ((), Session._quit),
+}
+"""The commands: what must hold first, in this order, and what obeys."""
+
+_UNKNOWN: tuple[tuple[Check, ...], Verb] = ((), Session._unknown)
+
+_READERS: dict[int, Callable[[Session], bool]] = {
+    COMMAND: Session._read_command,
+    AUTH_RESPONSE: Session._read_auth_response,
+    MAIL_DATA: Session._read_mail_data,
+}
+"""Who reads the next octets; where nobody does, they are somebody else's."""

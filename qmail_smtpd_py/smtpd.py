@@ -1,0 +1,307 @@
+"""qmail-smtpd: one SMTP session on two descriptors, composed from its parts.
+
+`serve` is the whole program as a function: it reads the environment and the control files that it
+is given, runs the session, and returns the exit status.  Nothing below it reads os.environ, keeps a
+global state or exits, so that one process can serve many connections one after the other.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from . import control, log, reply
+from .badmailfrom import BadMailFrom
+from .connection import Connection, Settings
+from .effects import ControlError, Effects, Identity
+from .path import number
+from .rcpthosts import RcptHosts
+from .sasl import auth_policy
+from .session import CLOSED, TLS_HANDSHAKE, Session
+from .wire import ConnectionLost, TimedOut, Wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from .effects import Delivery
+    from .reply import Reply
+    from .sasl import Credentials
+    from .tls import Channel
+
+HOME = b"/var/qmail"
+TIMEOUT = 1200
+"""Seconds of silence after which a client is given up, where control/timeoutsmtpd says nothing."""
+
+_LARGEST_DATABYTES = 4294967294  # netqmail keeps it in 32 bits, and one less is its limit
+_LONGEST_TIMEOUT = 1 << 31
+
+
+class Server(Effects):
+    """What a session may do, done for one connection.
+
+    Made in the qmail home; reads all control files that every session needs, and raises ControlError
+    where one is there and can not be read.
+    """
+
+    def __init__(self, environ: Mapping[bytes, bytes], arguments: Sequence[bytes]) -> None:
+        self._environ = environ
+        self._arguments = arguments
+        self.connection = Connection(environ)
+        me = control.read_line("me")
+        self.settings = _settings(environ, me, can_authenticate=bool(arguments))
+        self._ip_host = control.read_line("localiphost")
+        if self._ip_host is None:
+            self._ip_host = me
+        self.timeout = min(max(1, control.read_number("timeoutsmtpd", TIMEOUT)), _LONGEST_TIMEOUT)
+        self._bad_mail_from = BadMailFrom()
+        self._rcpt_hosts = RcptHosts()
+        self._ciphers: list[bytes] = []
+        self._channel: Channel | None = None
+
+    def close(self) -> None:
+        """Give back what is open."""
+        self._rcpt_hosts.close()
+
+    def now(self) -> int:
+        return int(time.time())
+
+    def log(self, event: str, fields: dict[str, object]) -> None:
+        log.write(event, {"ip": self.connection.remote_ip, **fields})
+
+    # Policy
+
+    def is_sender_blocked(self, sender: bytes) -> bool:
+        return self._bad_mail_from.blocks(sender)
+
+    def is_recipient_allowed(self, recipient: bytes) -> bool:
+        return self._rcpt_hosts.allows(recipient)
+
+    def localize(self, address: bytes) -> bytes:
+        if self._ip_host is None or not address.endswith(b"]"):
+            return address
+        from .localip import localize
+
+        return localize(address, self._ip_host)
+
+    # Children
+
+    def _child_environ(self, identity: Identity) -> dict[bytes, bytes]:
+        environ = dict(self._environ)
+        now = {b"RELAYCLIENT": identity.relay_client, b"TCPREMOTEINFO": identity.remote_info}
+        for name, value in now.items():
+            environ.pop(name, None)
+            if value is not None:
+                environ[name] = value
+        return environ
+
+    def open_delivery(self, identity: Identity) -> Delivery | None:
+        from . import qmail_queue
+
+        program = self._environ.get(b"QMAILQUEUE") or qmail_queue.DEFAULT_PROGRAM
+        delivery = qmail_queue.open_delivery(program, self._child_environ(identity))
+        if delivery is None:
+            self.log("error", {"why": "no descriptors or processes for qmail-queue"})
+        elif delivery.trouble:
+            name, reason = os.fsdecode(program), delivery.trouble.strerror
+            self.log("error", {"why": f"cannot start {name}: {reason} (uid {os.geteuid()})"})
+        return delivery
+
+    def new_challenge(self) -> bytes:
+        random = os.urandom(16).hex().encode()
+        return b"<%s.%d@%s>" % (random, self.now(), self.connection.local)
+
+    def authenticate(self, credentials: Credentials, identity: Identity) -> Reply:
+        from . import checkpassword
+
+        return checkpassword.authenticate(
+            self._arguments,
+            checkpassword.fields(credentials, self.settings.auth.challenge_field),
+            self._child_environ(identity),
+            checkpassword.patience(self.timeout),
+            lambda why: self.log("error", {"why": why}),
+        )
+
+    # TLS
+
+    def offers_tls(self) -> bool:
+        try:
+            descriptor = control.open_file("servercert.pem")
+        except ControlError as error:
+            self.log("error", {"why": f"STARTTLS not offered: {error}"})
+            return False
+        if descriptor is None:
+            return False
+        os.close(descriptor)
+        return True
+
+    def prepare_tls(self) -> Reply | None:
+        chosen = self._environ.get(b"TLSCIPHERS")
+        self._ciphers = [chosen] if chosen else control.read_list("tlsserverciphers") or []
+        try:
+            from . import tls
+
+            tls.check()
+        except (ImportError, MemoryError, OSError) as error:
+            # A memory limit too low for OpenSSL shows as a library that can not be mapped.
+            self.log("error", {"why": f"TLS not available: {error}; is the memory limit too low?"})
+            return reply.tls_unavailable(b"not available")
+        except tls.Unavailable as trouble:
+            self.log("error", {"why": f"TLS not available: {trouble}"})
+            return reply.tls_unavailable(trouble.what, trouble.reason.encode("ascii", "replace"))
+        return None
+
+    def start_tls(self, wire: Wire) -> bytes:
+        """Make the handshake; the name of the cipher.  Raises ConnectionLost."""
+        try:
+            from . import tls
+
+            context = tls.Context(self._ciphers, self._asks_for_certificates())
+            for warning in context.warnings:
+                self.log("error", {"why": warning})
+            self._channel = channel = tls.Channel(context)
+            wire.start_tls(channel)
+        except TimedOut:
+            why = "timeout"
+        except (ConnectionLost, ImportError, MemoryError, OSError, tls.TlsError) as error:
+            why = str(error)
+        else:
+            self.log("tls", {"result": "ok", **channel.facts()})
+            return channel.cipher().encode()
+        self.log("tls", {"result": "failed", "why": why})
+        raise ConnectionLost("TLS handshake failed")
+
+    def _asks_for_certificates(self) -> bool:
+        """Whether a client certificate could make a difference."""
+        files = ("tlsclients", "clientca.pem")
+        there = all(os.path.exists(control.DIRECTORY + name) for name in files)
+        return there and self.connection.relay_client is None
+
+    def certified_client(self) -> tuple[bytes | None, bytes]:
+        clients = control.read_list("tlsclients")
+        if self._channel is None or clients is None:
+            return None, b""
+        return self._channel.certified_address([client.lower() for client in clients])
+
+
+def _settings(
+    environ: Mapping[bytes, bytes], me: bytes | None, can_authenticate: bool
+) -> Settings:
+    """What the administrator set; raises ControlError."""
+    greeting = control.read_line("smtpgreeting")
+    if greeting is None:
+        greeting = me
+    if greeting is None:
+        raise ControlError("neither control/me nor control/smtpgreeting is there")
+    databytes = control.read_number("databytes", 0)
+    if b"DATABYTES" in environ:
+        databytes = number(environ[b"DATABYTES"])
+    return Settings(
+        greeting,
+        min(databytes, _LARGEST_DATABYTES),
+        auth_policy(environ.get(b"SMTPAUTH")),
+        can_authenticate,
+        force_tls=environ.get(b"FORCETLS") != b"0",
+    )
+
+
+def serve(
+    read_fd: int, write_fd: int, environ: Mapping[bytes, bytes], arguments: Sequence[bytes]
+) -> int:
+    """Serve one connection; the exit status: 0 after QUIT, 1 in every other case.
+
+    `arguments` are the check program and its own arguments; `environ` is that of tcp-environ(5),
+    with the variables of qmail-smtpd(8).
+    """
+    wire = Wire(read_fd, write_fd, TIMEOUT)
+    server = None
+    try:
+        _go_home(environ.get(b"QMAILHOME") or HOME)
+        server = Server(environ, arguments)
+        wire.timeout = server.timeout
+        return _converse(wire, server, smtps=b"SMTPS" in environ)
+    except ControlError as error:
+        ip = environ.get(b"TCPREMOTEIP", b"unknown")
+        log.write("error", {"ip": ip, "why": str(error)})
+        wire.write(reply.CONTROLS_UNREADABLE.render())
+        return 1
+    finally:
+        wire.close()
+        if server:
+            server.close()
+
+
+def _go_home(home: bytes) -> None:
+    try:
+        os.chdir(home)
+    except OSError as error:
+        why = f"cannot change to {os.fsdecode(home)}: {error.strerror} (uid {os.geteuid()})"
+        raise ControlError(why) from None
+
+
+def _converse(wire: Wire, server: Server, smtps: bool) -> int:
+    """Run the session to its end, whatever that is; the exit status."""
+    connection = server.connection
+    server.log("connect", {"host": connection.remote_host, "local": connection.local})
+    session = Session(connection, server.settings, server)
+    try:
+        why = _dialogue(wire, server, session, smtps)
+    except TimedOut:
+        why = "timeout"
+    except ConnectionLost as error:
+        why = str(error)
+    finally:
+        session.connection_lost()
+    server.log("disconnect", {"why": why})
+    return session.exit_status
+
+
+def _dialogue(wire: Wire, server: Server, session: Session, smtps: bool) -> str:
+    """Take turns with the client until the session is closed; why it was."""
+    if smtps:
+        refusal = server.prepare_tls()
+        if refusal:
+            wire.write(refusal.render())
+            return "no TLS"
+        session.tls_started(server.start_tls(wire))
+    wire.write(session.greet())
+    while session.state != CLOSED:
+        if session.state == TLS_HANDSHAKE:
+            session.tls_started(server.start_tls(wire))
+            continue
+        try:
+            data = wire.read()
+        except TimedOut:
+            wire.write(session.time_out())
+            raise
+        wire.write(session.receive(data))
+    return "closed" if session.exit_status else "quit"
+
+
+def main() -> int:
+    """The program: descriptors 0 and 1, the environment and the arguments are the process's."""
+    try:
+        _tidy_descriptors()
+        return serve(0, 1, dict(os.environb), [os.fsencode(word) for word in sys.argv[1:]])
+    except (ConnectionLost, TimedOut, KeyboardInterrupt):
+        return 1
+    except Exception as error:  # a defect: no traceback, as it could show what nobody may see
+        log.write("error", {"why": f"internal error: {_place(error)}"})
+        return 1
+
+
+def _tidy_descriptors() -> None:
+    """Close what was inherited beside 0, 1 and 2, so that no child gets it."""
+    os.closerange(3, 1024)
+
+
+def _place(error: BaseException) -> str:
+    """The kind of an exception, and where it came from."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    if not trace:
+        return type(error).__name__
+    file = os.path.basename(trace.tb_frame.f_code.co_filename)
+    return f"{type(error).__name__} at {file} line {trace.tb_lineno}"

@@ -1,0 +1,69 @@
+"""The mail transaction: an envelope as it grows, and the message that follows it."""
+
+from __future__ import annotations
+
+from .maildata import MailData
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .effects import Delivery
+
+MAX_HOPS = 100
+"""Received and Delivered lines from which on a message is looping, as in qmail-smtpd."""
+
+RECIPIENTS_LIMIT = 1 << 20
+"""Octets that the recipients of a message may add up to."""
+
+
+class Transaction:
+    """A mail transaction (RFC 5321 section 3.3) up to DATA.
+
+    `blocked` tells that badmailfrom has the sender; qmail lets it pass MAIL and refuses each RCPT.
+    """
+
+    __slots__ = ("_size", "blocked", "recipients", "sender")
+
+    def __init__(self, sender: bytes, blocked: bool) -> None:
+        self.sender = sender
+        self.blocked = blocked
+        self.recipients: list[bytes] = []
+        self._size = 0
+
+    def add(self, recipient: bytes) -> bool:
+        """Add a recipient; False if they are too many."""
+        size = self._size + len(recipient)
+        if size > RECIPIENTS_LIMIT or len(self.recipients) >= RECIPIENTS_LIMIT:
+            return False
+        self._size = size
+        self.recipients.append(recipient)
+        return True
+
+    def envelope(self) -> bytes:
+        """The envelope as qmail-queue reads it from descriptor 1 (qmail-queue(8))."""
+        recipients = b"".join(b"T%s\0" % recipient for recipient in self.recipients)
+        return b"F%s\0%s\0" % (self.sender, recipients)
+
+
+class Message:
+    """The mail data of a transaction on its way to qmail-queue.
+
+    `databytes` is the largest size in octets, 0 for any.
+    """
+
+    __slots__ = ("_databytes", "data", "delivery", "transaction")
+
+    def __init__(self, transaction: Transaction, delivery: Delivery, databytes: int) -> None:
+        self.transaction = transaction
+        self.delivery = delivery
+        self.data = MailData()
+        self._databytes = databytes
+
+    @property
+    def is_too_big(self) -> bool:
+        """Whether what came so far is more than databytes; the Received field does not count."""
+        return 0 < self._databytes < self.data.size
+
+    @property
+    def is_looping(self) -> bool:
+        """Whether the header tells of too many hops (RFC 5321 section 6.3)."""
+        return self.data.hops >= MAX_HOPS

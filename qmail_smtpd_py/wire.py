@@ -1,0 +1,128 @@
+"""The connection: timed reads and writes on two descriptors, in clear or through TLS.
+
+The descriptors may be a socket, two pipes or files.  TLS runs on octets in memory, so that it can
+use any of them, and what encrypts is handed in: this module knows nothing of certificates.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .tls import Channel
+
+PIECE = 65536
+"""Octets that are read at most at a time."""
+
+
+class TimedOut(Exception):
+    """The client was silent, or took nothing, for longer than timeoutsmtpd."""
+
+
+class ConnectionLost(Exception):
+    """Nothing more can come from the client; the text says why."""
+
+
+class Wire:
+    """The two directions of a connection; `timeout` is in seconds, for each read or write."""
+
+    def __init__(self, read_fd: int, write_fd: int, timeout: float) -> None:
+        self._read_fd = read_fd
+        self._write_fd = write_fd
+        self.timeout = timeout
+        self._tls: Channel | None = None
+        self._readable = select.poll()
+        self._readable.register(read_fd, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(write_fd, select.POLLOUT)
+        # Or a write could wait for a client that reads nothing.
+        self._was_blocking = os.get_blocking(write_fd)
+        os.set_blocking(write_fd, False)
+
+    def read(self) -> bytes:
+        """The next octets, at least one; raises TimedOut or ConnectionLost."""
+        deadline = self._deadline()
+        if self._tls is None:
+            return self._receive(deadline)
+        while not (data := self._tls.read()):
+            if self._tls.ended:
+                raise ConnectionLost(self._tls.ended)
+            self._tls.feed(self._receive(deadline))
+        return data
+
+    def write(self, data: bytes) -> None:
+        """Send the octets; raises TimedOut or ConnectionLost."""
+        if data:
+            self._send(self._tls.write(data) if self._tls else data, self._deadline())
+
+    def start_tls(self, channel: Channel) -> None:
+        """Make the handshake; raises TimedOut, ConnectionLost or what the channel raises.
+
+        From here on nothing leaves in clear, whether it succeeds or not.
+        """
+        self._tls = channel
+        deadline = self._deadline()
+        self._no_delay()
+        while True:
+            try:
+                done = channel.handshake()
+            finally:
+                self._send(channel.pending(), deadline)
+            if done:
+                return
+            channel.feed(self._receive(deadline))
+
+    def close(self) -> None:
+        """End TLS, if it is on, with a close_notify; leave the descriptors as they were."""
+        if self._tls is not None:
+            try:
+                self._send(self._tls.close(), self._deadline())
+            except (TimedOut, ConnectionLost):
+                pass  # that is what we are here for
+        if self._was_blocking:
+            os.set_blocking(self._write_fd, True)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.timeout
+
+    def _receive(self, deadline: float) -> bytes:
+        while True:
+            _wait(self._readable, deadline)
+            try:
+                data = os.read(self._read_fd, PIECE)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise ConnectionLost(error.strerror) from None
+            if not data:
+                raise ConnectionLost("hung up")
+            return data
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        while data:
+            try:
+                data = data[os.write(self._write_fd, data) :]
+            except BlockingIOError:
+                _wait(self._writable, deadline)
+            except OSError as error:
+                raise ConnectionLost(error.strerror) from None
+
+    def _no_delay(self) -> None:
+        """Let TLS records leave at once; without it each exchange stalls for 40 ms (tcp(7))."""
+        import socket
+
+        try:
+            with socket.socket(fileno=os.dup(self._write_fd)) as connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            pass  # not TCP
+
+
+def _wait(poll: select.poll, deadline: float) -> None:
+    """Wait for a descriptor; raises TimedOut at the deadline."""
+    milliseconds = (deadline - time.monotonic()) * 1000
+    if not poll.poll(max(0, min(milliseconds, 0x7FFFFFFF))):
+        raise TimedOut
