@@ -15,7 +15,9 @@ import os
 DESCRIPTOR = 2
 
 _VALUE_LIMIT = 1200
-_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:_-<>[],!#&*~?")
+_PLAIN = frozenset(
+    b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:_-<>[],!#&*~?"
+)
 _QUOTABLE = frozenset(range(32, 127)) - frozenset(b'"\\')
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 

@@ -80,15 +80,13 @@ def decode_auth_parameter(text: bytes) -> bytes:
     if text.startswith(b"<>"):
         return b"unknown"
     first, *rest = text.split(b"+")
-    return first + b"".join(_XTEXT.get(part[:2].upper(), b"") + part[_code(part) :] for part in rest)
+    return first + b"".join(_decode_xtext(part) for part in rest)
 
 
-_XTEXT = {b"3D": b"=", b"2B": b"+"}
-
-
-def _code(part: bytes) -> int:
-    """How many octets of what follows a plus sign are a code that qmail knows."""
-    return 2 if part[:2].upper() in _XTEXT else 0
+def _decode_xtext(text: bytes) -> bytes:
+    """What follows a plus sign, with the code at its start decoded if it is one of the two."""
+    character = {b"3D": b"=", b"2B": b"+"}.get(text[:2].upper())
+    return text if character is None else character + text[2:]
 
 
 def _without_route(path: bytes) -> bytes:

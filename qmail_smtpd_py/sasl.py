@@ -9,8 +9,6 @@ Secrets live in Credentials and nowhere else.  Neither it nor an error of this m
 
 from __future__ import annotations
 
-from binascii import a2b_base64, b2a_base64
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -75,6 +73,8 @@ class Malformed(Exception):
 
 def encode(challenge: bytes) -> bytes:
     """A challenge as it stands behind `334 ` (RFC 4954 section 4)."""
+    from binascii import b2a_base64  # a library of its own, and most sessions have no AUTH
+
     return b2a_base64(challenge, newline=False)
 
 
@@ -111,6 +111,8 @@ def _decode(text: bytes) -> bytes:
     digits = text.rstrip(b"=")
     if len(text) % 4 or len(text) - len(digits) > 2 or digits.translate(None, _ALPHABET):
         raise Malformed
+    from binascii import a2b_base64
+
     return a2b_base64(text)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from . import path, reply, sasl, trace
 from .effects import ControlError, Identity
+from .lines import LineTooLong, Unread
 from .reply import Reply
 from .transaction import Message, Transaction
 
@@ -54,9 +55,7 @@ class Session:
         self._connection = connection
         self._settings = settings
         self._effects = effects
-        self._unread = b""  # read from the client, and from _at on not looked at
-        self._at = 0
-        self._too_long = False  # the line that is being read is beyond its limit
+        self._unread = Unread()
         self._replies: list[bytes] = []
         self._cipher: bytes | None = None
         self._start_over()
@@ -83,15 +82,13 @@ class Session:
 
     def receive(self, data: bytes) -> bytes:
         """Take in what the client sent; the replies to it."""
-        self._unread += data
+        self._unread.add(data)
         try:
             while self.state in _READERS and _READERS[self.state](self):
                 pass
         except ControlError as error:
             self._effects.log("error", {"why": str(error)})
             self._reply(reply.CONTROLS_UNREADABLE)
-        self._unread = self._unread[self._at :]
-        self._at = 0
         replies = b"".join(self._replies)
         self._replies.clear()
         return replies
@@ -122,43 +119,17 @@ class Session:
             self._log_mail(message, "cut off")
             message.delivery.cancel()
         self.state = CLOSED
-        self._discard()
-
-    def _discard(self) -> None:
-        """Leave what came and was not read yet unread."""
-        self._unread, self._at = b"", 0
-
-    # Lines
-
-    def _line(self, limit: int) -> bytes | None:
-        """The next line without LF and the CR before it, or None if it is not all there.
-
-        A line of more than `limit` octets is not kept: what is returned is its end, and `_too_long`
-        is set.
-        """
-        end = self._unread.find(b"\n", self._at)
-        if end < 0:
-            if len(self._unread) - self._at > limit + 1:  # one may be the CR of the line end
-                self._too_long = True
-                self._discard()
-            return None
-        line = self._unread[self._at : end]
-        self._at = end + 1
-        if line.endswith(b"\r"):
-            line = line[:-1]
-        if len(line) > limit:
-            self._too_long = True
-        return line
+        self._unread.discard()
 
     def _read_command(self) -> bool:
         """Obey the next command; False if there is none yet."""
-        line = self._line(LINE_LIMIT)
-        if line is None:
-            return False
-        if self._too_long:
-            self._too_long = False
+        try:
+            line = self._unread.line(LINE_LIMIT)
+        except LineTooLong:
             self._reply(reply.LINE_TOO_LONG)
             return True
+        if line is None:
+            return False
         verb, _, argument = line.partition(b"\0")[0].partition(b" ")
         checks, obey = VERBS.get(verb.upper(), _UNKNOWN)
         for check in checks:
@@ -320,8 +291,7 @@ class Session:
         """Pass on the mail data that came; False if there is more to come."""
         message = self._message
         assert message  # set with the state
-        text = message.data.receive(self._unread[self._at :])
-        self._discard()
+        text = message.data.receive(self._unread.take())
         if message.data.stray_newline:
             self._reply(reply.STRAY_NEWLINE)
             return False
@@ -329,7 +299,7 @@ class Session:
             message.delivery.write(text)
         if not message.data.complete:
             return False
-        self._unread = message.data.rest
+        self._unread.add(message.data.rest)
         self._message = None
         self.state = COMMAND
         self._reply(self._finish(message))
@@ -364,7 +334,7 @@ class Session:
 
     def _starttls(self, argument: bytes) -> Reply:
         # What stands behind it was said in clear, whatever the answer: it must not count.
-        self._discard()
+        self._unread.discard()
         if self._cipher is not None:
             return reply.UNIMPLEMENTED
         if argument:
@@ -410,17 +380,16 @@ class Session:
 
     def _read_auth_response(self) -> bool:
         """Go on with the exchange; False if the response is not all there."""
-        line = self._line(sasl.LINE_LIMIT)
+        try:
+            line = self._unread.line(sasl.LINE_LIMIT)
+        except LineTooLong:
+            self.state = COMMAND
+            self._reply(reply.AUTH_LINE_TOO_LONG)
+            return True
         if line is None:
             return False
         self.state = COMMAND
-        if self._too_long:
-            self._too_long = False
-            self._reply(reply.AUTH_LINE_TOO_LONG)
-        elif line == b"*":
-            self._reply(reply.AUTH_CANCELED)
-        else:
-            self._reply(self._continue(line))
+        self._reply(reply.AUTH_CANCELED if line == b"*" else self._continue(line))
         return True
 
     def _continue(self, response: bytes | None) -> Reply:

@@ -185,9 +185,7 @@ class Server(Effects):
         return self._channel.certified_address([client.lower() for client in clients])
 
 
-def _settings(
-    environ: Mapping[bytes, bytes], me: bytes | None, can_authenticate: bool
-) -> Settings:
+def _settings(environ: Mapping[bytes, bytes], me: bytes | None, can_authenticate: bool) -> Settings:
     """What the administrator set; raises ControlError."""
     greeting = control.read_line("smtpgreeting")
     if greeting is None:

@@ -180,7 +180,9 @@ class Context:
         if lists:
             store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
 
-    def _note_problem(self, connection: Any, certificate: Any, code: int, depth: int, ok: int) -> bool:
+    def _note_problem(
+        self, connection: Any, certificate: Any, code: int, depth: int, ok: int
+    ) -> bool:
         if not ok:
             self.problems.append(_VERIFY_ERRORS.get(code, f"certificate verify error {code}"))
         return True
