@@ -97,7 +97,7 @@ def _start(arguments: Sequence[bytes], descriptor: int, environ: Mapping[bytes, 
         (os.POSIX_SPAWN_DUP2, descriptor, 3),
     ]
     return os.posix_spawnp(
-        arguments[0], arguments, environ, file_actions=actions, setsigdef=_RESET_SIGNALS
+        arguments[0], list(arguments), environ, file_actions=actions, setsigdef=_RESET_SIGNALS
     )
 
 

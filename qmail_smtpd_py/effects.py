@@ -9,6 +9,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .reply import Reply
     from .sasl import Credentials
 
@@ -52,7 +54,7 @@ class Effects:
         """The time in seconds since 1970."""
         raise NotImplementedError
 
-    def log(self, event: str, fields: dict[str, object]) -> None:
+    def log(self, event: str, fields: Mapping[str, object]) -> None:
         """Write a line to the log; a field that is None is left out."""
         raise NotImplementedError
 

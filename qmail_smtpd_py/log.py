@@ -12,6 +12,10 @@ from __future__ import annotations
 
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 DESCRIPTOR = 2
 
 _VALUE_LIMIT = 1200
@@ -22,7 +26,7 @@ _QUOTABLE = frozenset(range(32, 127)) - frozenset(b'"\\')
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 
 
-def format_line(event: str, fields: dict[str, object]) -> bytes:
+def format_line(event: str, fields: Mapping[str, object]) -> bytes:
     """The line for an event, without its line feed; fields that are None are left out."""
     words = [b"qmail-smtpd[%d]: %s" % (os.getpid(), event.encode())]
     for key, value in fields.items():
@@ -32,7 +36,7 @@ def format_line(event: str, fields: dict[str, object]) -> bytes:
     return line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + b'..."'
 
 
-def write(event: str, fields: dict[str, object]) -> None:
+def write(event: str, fields: Mapping[str, object]) -> None:
     """Write the line for an event; a log that takes nothing is no reason to refuse mail."""
     try:
         os.write(DESCRIPTOR, format_line(event, fields) + b"\n")

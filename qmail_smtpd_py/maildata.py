@@ -76,7 +76,7 @@ class MailData:
     def _message(self, body: bytes, dots: bool) -> bytes:
         """The octets of the message that stand in whole lines and pieces of lines."""
         decoder = self._decoder
-        text = decoder.decode(body.decode("latin-1"), final=True)  # type: ignore[arg-type]
+        text = decoder.decode(body.decode("latin-1"), final=True)
         if decoder.newlines in ("\r\n", None):
             if dots:
                 text = text.replace("\n.", "\n")

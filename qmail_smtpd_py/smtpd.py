@@ -67,7 +67,7 @@ class Server(Effects):
     def now(self) -> int:
         return int(time.time())
 
-    def log(self, event: str, fields: dict[str, object]) -> None:
+    def log(self, event: str, fields: Mapping[str, object]) -> None:
         log.write(event, {"ip": self.connection.remote_ip, **fields})
 
     # Policy

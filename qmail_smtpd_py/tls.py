@@ -68,7 +68,7 @@ def _read_certificate() -> bytes:
             return file.read()
     except OSError as error:
         who = f" (uid {os.geteuid()})"
-        raise Unavailable(_NO_CERTIFICATE, error.strerror, who) from None
+        raise Unavailable(_NO_CERTIFICATE, str(error.strerror), who) from None
 
 
 def _check_pair() -> None:
