@@ -1,0 +1,433 @@
+"""The users file: what checkpassword-users knows of users, and qmail-smtpd-users, which keeps it.
+
+A line for each user, in octets; lines that begin with `#` and empty lines are left alone:
+
+    user:PASSWORDHASH
+    user:PASSWORDHASH:CRAMSECRET
+
+    user            UTF-8, all of it printable, neither empty nor beginning with `#`, no colon
+    PASSWORDHASH    $scrypt$ln=14,r=8,p=5$salt$hash, the PHC string form: scrypt (RFC 7914) with
+                    N = 2^ln, salt and hash in base64 without padding
+    CRAMSECRET      the password itself, in base64, so that it may have any octet
+
+CRAM-MD5 (RFC 2195) can not be checked without the password, so CRAMSECRET is there only for those
+users for whom the administrator asks for it.  The file is as secret as what is in it: one that
+others could read or write is refused, with the command that mends it.  A file with a line that is
+wrong is refused as a whole, because what was meant by it can not be known.
+
+The file is never changed in place.  Under a lock, a new one is written beside it, with the same
+owner and mode, and renamed over it, so that a reader sees the old users or the new ones.
+"""
+
+from __future__ import annotations
+
+import _hashlib  # noqa: F401  Without it, for want of memory, hashlib would go on, and log why.
+import hashlib
+import hmac
+import os
+import stat
+import sys
+from binascii import a2b_base64, b2a_base64
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+DEFAULT_HOME = "/var/qmail"
+
+MEMORY_LIMIT = 64 * 1024 * 1024
+"""Octets of memory that a password hash in the file may ask for."""
+
+DONE = 0
+REFUSED = 1
+TROUBLE = 111
+
+
+class Trouble(Exception):
+    """The users file can not be used; the text names the file, the user id, and what to do."""
+
+
+class Absent(Trouble):
+    """There is no users file."""
+
+
+class PasswordHash:
+    """An scrypt hash of a password; the default costs are 16 MiB of memory and 0.2 s."""
+
+    __slots__ = ("digest", "ln", "p", "r", "salt")
+
+    def __init__(self, salt: bytes, digest: bytes, ln: int = 14, r: int = 8, p: int = 5) -> None:
+        self.salt = salt
+        self.digest = digest
+        self.ln = ln
+        self.r = r
+        self.p = p
+
+    @classmethod
+    def of(cls, password: bytes) -> PasswordHash:
+        """A new hash of a password, with a salt of its own."""
+        blank = cls(os.urandom(16), bytes(32))
+        return cls(blank.salt, blank.derive(password))
+
+    @classmethod
+    def parse(cls, text: bytes) -> PasswordHash:
+        """The hash in a PHC string; raises ValueError if it is none, or out of bounds."""
+        _, _, costs, salt, digest = text.split(b"$")
+        ln, r, p = (int(cost.rpartition(b"=")[2]) for cost in costs.split(b","))
+        parsed = cls(a2b_base64(salt + b"=="), a2b_base64(digest + b"=="), ln, r, p)
+        bounded = 1 <= ln <= 20 and 1 <= p <= 16 and 0 < 128 * r << ln <= MEMORY_LIMIT
+        if not (bounded and len(parsed.salt) >= 8 and 16 <= len(parsed.digest) <= 64):
+            raise ValueError("cost or length out of bounds")
+        return parsed
+
+    def render(self) -> bytes:
+        """The PHC string of the hash."""
+        salt, digest = (base64(octets).rstrip(b"=") for octets in (self.salt, self.digest))
+        return b"$scrypt$ln=%d,r=%d,p=%d$%s$%s" % (self.ln, self.r, self.p, salt, digest)
+
+    def matches(self, password: bytes) -> bool:
+        """Whether it is the hash of this password; raises Trouble where there is no memory."""
+        return hmac.compare_digest(self.derive(password), self.digest)
+
+    def derive(self, password: bytes) -> bytes:
+        """What scrypt makes of a password with this salt, these costs and this length."""
+        n = 1 << self.ln
+        try:
+            return hashlib.scrypt(
+                password,
+                salt=self.salt,
+                n=n,
+                r=self.r,
+                p=self.p,
+                maxmem=128 * self.r * (n + self.p + 2),
+                dklen=len(self.digest),
+            )
+        except (ValueError, MemoryError):
+            need = 128 * self.r * n >> 20
+            raise Trouble(f"scrypt failed: it needs {need} MiB of memory (see softlimit)") from None
+
+
+class User:
+    """A user; `cram_secret` is None where CRAM-MD5 is not to be possible."""
+
+    __slots__ = ("cram_secret", "name", "password_hash")
+
+    def __init__(
+        self, name: bytes, password_hash: PasswordHash, cram_secret: bytes | None = None
+    ) -> None:
+        self.name = name
+        self.password_hash = password_hash
+        self.cram_secret = cram_secret
+
+    @classmethod
+    def parse(cls, line: bytes) -> User:
+        """The user in a line; raises ValueError unless it is a line as `render` writes it."""
+        name, password_hash, *secrets = line.split(b":")
+        cram_secret = a2b_base64(secrets[0]) if secrets else None
+        user = cls(checked_name(name), PasswordHash.parse(password_hash), cram_secret or None)
+        if user.render() != line:
+            raise ValueError("not what it seems to say")
+        return user
+
+    def render(self) -> bytes:
+        """The user's line, without its end."""
+        fields = [self.name, self.password_hash.render()]
+        if self.cram_secret is not None:
+            fields.append(base64(self.cram_secret))
+        return b":".join(fields)
+
+
+# What an unknown user is checked against: the work is the same, the result does not matter.
+_NOBODY = User(b"", PasswordHash(bytes(16), bytes(32)), b"")
+
+
+class UsersFile:
+    """The lines of a users file, each a User, or the octets of one that says nothing of users."""
+
+    def __init__(self, text: bytes = b"") -> None:
+        """Parse the file; raises ValueError, which names the line but shows nothing of it."""
+        self._lines: list[User | bytes] = []
+        self.users: dict[bytes, User] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip() or line.startswith(b"#"):
+                self._lines.append(line)
+                continue
+            try:
+                user = User.parse(line.rstrip(b" \t"))
+            except ValueError:
+                raise ValueError(f"line {number} is malformed") from None
+            if user.name in self.users:
+                raise ValueError(f"line {number} has a user that an earlier line has")
+            self.put(user)
+
+    def render(self) -> bytes:
+        """The file."""
+        lines = (line.render() if isinstance(line, User) else line for line in self._lines)
+        return b"".join(line + b"\n" for line in lines)
+
+    def put(self, user: User) -> None:
+        """Add a user, or put it in the place of the one of that name."""
+        old = self.users.get(user.name)
+        if old is None:
+            self._lines.append(user)
+        else:
+            self._lines[self._lines.index(old)] = user
+        self.users[user.name] = user
+
+    def remove(self, name: bytes) -> None:
+        """Remove a user; raises KeyError if there is none of that name."""
+        self._lines.remove(self.users.pop(name))
+
+    def accepts_password(self, name: bytes, password: bytes) -> bool:
+        """Whether this is the user's password; takes as long for a user that is not known."""
+        matches = self.users.get(name, _NOBODY).password_hash.matches(password)
+        return matches and name in self.users
+
+    def accepts_digest(self, name: bytes, challenge: bytes, digest: bytes) -> bool:
+        """Whether this is the user's CRAM-MD5 digest, in hexadecimal (RFC 2195 section 2)."""
+        secret = self.users.get(name, _NOBODY).cram_secret
+        known = name in self.users and secret is not None
+        try:
+            right = hmac.new(secret or b"", challenge, "md5").hexdigest().encode()
+        except ValueError:
+            raise Trouble("CRAM-MD5 can not be checked: OpenSSL has no MD5 here") from None
+        return hmac.compare_digest(right, digest.lower()) and known
+
+
+def checked_name(name: bytes) -> bytes:
+    """The name itself, if a user may have it; raises ValueError, whose text says why not."""
+    text = name.decode("utf-8")
+    if not text or text != text.strip() or text.startswith("#"):
+        raise ValueError("it is empty, or begins with '#', or begins or ends with a blank")
+    if ":" in text or not text.isprintable():
+        raise ValueError("it has a colon or what can not be printed")
+    return name
+
+
+def base64(octets: bytes) -> bytes:
+    """The octets in base64 (RFC 4648 section 4)."""
+    return b2a_base64(octets, newline=False)
+
+
+def configured_path() -> str:
+    """Where the users file is, relative to the qmail home directory."""
+    return os.environ.get("SMTPUSERS") or "control/smtpusers"
+
+
+def load_configured() -> UsersFile:
+    """The users file of a program that runs in the qmail home directory; raises Trouble."""
+    return load(configured_path())
+
+
+def load(path: str) -> UsersFile:
+    """The users file at this path; raises Trouble."""
+    try:
+        # A path may turn out to be a named pipe, and to wait for its writer would be for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            _check_safe(path, os.fstat(descriptor))
+            return UsersFile(file.read())
+    except FileNotFoundError:
+        remedy = "qmail-smtpd-users set USER makes it"
+        raise Absent(f"there is no {path!a} (uid {os.geteuid()}): {remedy}") from None
+    except PermissionError:
+        remedy = f"chgrp a group of that uid to it, and chmod 640 {path!a}"
+        raise Trouble(f"uid {os.geteuid()} may not read {path!a}: {remedy}") from None
+    except OSError as error:
+        raise Trouble(f"cannot read {path!a} (uid {os.geteuid()}): {error.strerror}") from None
+    except ValueError as error:
+        raise Trouble(f"{path!a}: {error}") from None
+
+
+def _check_safe(path: str, status: os.stat_result) -> None:
+    """Raise Trouble if others can read or write the file, or its group can write it."""
+    facts = f"{path!a} (mode {stat.S_IMODE(status.st_mode):04o}, owner uid {status.st_uid})"
+    if not stat.S_ISREG(status.st_mode):
+        raise Trouble(f"{facts} is not a file")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH):
+        remedy = f"chmod g-w,o= {path!a}"
+        raise Trouble(f"{facts} is too open for uid {os.geteuid()} to trust it: {remedy}")
+
+
+def change(path: str, edit: Callable[[UsersFile], None]) -> None:
+    """Edit the users file, or a new one, and put it in place; raises Trouble, and what `edit` does.
+
+    The lock is on a file beside it, `.lock`, which stays: the users file itself is not the same
+    file afterwards.
+    """
+    import fcntl
+
+    path = os.path.realpath(path)
+    try:
+        with open(path + ".lock", "ab", opener=_open_private) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                users = load(path)
+            except Absent:
+                users = UsersFile()
+            edit(users)
+            _replace(path, users.render())
+    except OSError as error:
+        where = f"{error.filename or path!a} (uid {os.geteuid()})"
+        raise Trouble(f"cannot write {where}: {error.strerror}") from None
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _replace(path: str, data: bytes) -> None:
+    """Put a file in the place of another, on the disk, or leave all as it was; raises OSError."""
+    new = path + ".new"
+    _remove_file(new)  # A run that was killed may have left it.
+    try:
+        with open(new, "xb", opener=_open_private) as file:
+            _keep_owner_and_mode(path, file.fileno())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(new, path)
+    except BaseException:
+        _remove_file(new)
+        raise
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _remove_file(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _keep_owner_and_mode(path: str, descriptor: int) -> None:
+    """Give a new file the owner, group and mode of the one at `path`, if there is one."""
+    try:
+        old = os.stat(path)
+    except FileNotFoundError:
+        return
+    new = os.fstat(descriptor)
+    if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+        os.fchown(descriptor, old.st_uid, old.st_gid)
+    os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+
+
+class Refusal(Exception):
+    """What the administrator asks for can not be; the text says why."""
+
+
+def main() -> int:
+    """Run qmail-smtpd-users(8); returns the exit status."""
+    arguments = _argument_parser().parse_args()
+    try:
+        command: Callable[[argparse.Namespace], None] = arguments.command
+        command(arguments)
+    except Trouble as trouble:
+        print(f"qmail-smtpd-users: {trouble}", file=sys.stderr)
+        return TROUBLE
+    except (Refusal, KeyboardInterrupt) as refusal:
+        print(f"qmail-smtpd-users: {str(refusal) or 'given up'}", file=sys.stderr)
+        return REFUSED
+    return DONE
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="qmail-smtpd-users", description="Keep the users file of checkpassword-users."
+    )
+    parser.add_argument(
+        "--file", default=_path(), help="instead of $SMTPUSERS or control/smtpusers (%(default)s)"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command, name, summary in (
+        (_set, "set", "add a user, or give it another password"),
+        (_remove, "remove", "remove a user"),
+        (_list, "list", "show the users, how each password is hashed, and who can use CRAM-MD5"),
+        (_check, "check", "see whether a password is the user's"),
+    ):
+        subparser = commands.add_parser(name, help=summary, description=summary)
+        subparser.set_defaults(command=command)
+        if command is not _list:
+            subparser.add_argument("user", metavar="USER", type=os.fsencode)
+        if command in (_set, _check):
+            subparser.add_argument("--stdin", action="store_true", help="read a line, do not ask")
+        if command is _set:
+            subparser.add_argument("--cram", action="store_true", help="keep it for CRAM-MD5, too")
+    return parser
+
+
+def _path() -> str:
+    """Where qmail-smtpd, which changes to the qmail home directory, has the users file."""
+    return os.path.join(os.environ.get("QMAILHOME") or DEFAULT_HOME, configured_path())
+
+
+def _set(arguments: argparse.Namespace) -> None:
+    try:
+        name = checked_name(arguments.user)
+    except ValueError as error:
+        raise Refusal(f"no name for a user: {error}") from None
+    password = _ask("Password: ", "Once more: ", from_stdin=arguments.stdin)
+    is_new = not os.path.exists(arguments.file)
+    user = User(name, PasswordHash.of(password), password if arguments.cram else None)
+    change(arguments.file, lambda users: users.put(user))
+    if is_new:
+        remedy = "let the group that qmail-smtpd runs with read it: chgrp GROUP and chmod 640"
+        print(f"made {arguments.file!a}, which only uid {os.geteuid()} can read; {remedy}")
+
+
+def _remove(arguments: argparse.Namespace) -> None:
+    try:
+        change(arguments.file, lambda users: users.remove(arguments.user))
+    except KeyError:
+        raise Refusal(f"there is no such user in {arguments.file!a}") from None
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    for name, user in load(arguments.file).users.items():
+        costs = user.password_hash
+        facts = f"scrypt ln={costs.ln},r={costs.r},p={costs.p}"
+        if user.cram_secret is not None:
+            facts += " CRAM-MD5"
+        sys.stdout.buffer.write(name + b": " + facts.encode() + b"\n")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    users = load(arguments.file)
+    password = _ask("Password: ", from_stdin=arguments.stdin)
+    if not users.accepts_password(arguments.user, password):
+        raise Refusal("refused: the user is not known, or the password is another")
+    print("accepted")
+
+
+def _ask(*prompts: str, from_stdin: bool) -> bytes:
+    """The password: a line of standard input, or what the terminal gives for every prompt."""
+    if from_stdin:
+        password = sys.stdin.buffer.readline().removesuffix(b"\n")
+    else:
+        first, *others = (_ask_terminal(prompt) for prompt in prompts)
+        if any(other != first for other in others):
+            raise Refusal("the two are not the same")
+        password = first
+    if not password or b"\0" in password:
+        raise Refusal("a password is not empty, and has no NUL")
+    return password
+
+
+def _ask_terminal(prompt: str) -> bytes:
+    import getpass
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            # That the password would be seen on the screen is only a warning to getpass.
+            warnings.simplefilter("error", getpass.GetPassWarning)
+            return getpass.getpass(prompt).encode()
+    except (getpass.GetPassWarning, EOFError, UnicodeError):
+        raise Refusal("no password could be read from the terminal (see --stdin)") from None
