@@ -3,6 +3,9 @@
 Names are relative to the qmail home, which is the current directory.  A file that is not there is a
 default; one that is there and can not be read is a ControlError, which says who was not allowed to
 read what: to go on without it could mean an open relay.
+
+`ControlFiles` reads anew each time.  What lives longer than a connection uses `CachedControlFiles`,
+which looks at a file's stat(2) each time and reads it again where that has changed.
 """
 
 from __future__ import annotations
@@ -12,38 +15,97 @@ import os
 from .effects import ControlError
 from .path import number
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    Parsed = TypeVar("Parsed")
+    Signature = tuple[int, int, int, int, int]
+
 DIRECTORY = "control/"
 
 
-def read_line(name: str) -> bytes | None:
-    """The first line of a control file, or None if there is no such file."""
-    text = _read(name)
+def first_line(text: bytes | None) -> bytes | None:
+    """The first line of a control file without blanks at its end; None for a file that is not."""
     return None if text is None else text.partition(b"\n")[0].rstrip(b" \t")
 
 
-def read_number(name: str, default: int) -> int:
-    """The number that the first line starts with, or the default where there is none."""
-    line = read_line(name)
-    return number(line) if line and line[:1].isdigit() else default
-
-
-def read_list(name: str) -> list[bytes] | None:
-    """The lines that are neither empty nor comments, or None if there is no such file."""
-    text = _read(name)
+def entries(text: bytes | None) -> list[bytes] | None:
+    """The lines that are neither empty nor comments; None for a file that is not."""
     if text is None:
         return None
     lines = (line.rstrip(b" \t") for line in text.split(b"\n"))
     return [line for line in lines if line and not line.startswith(b"#")]
 
 
-def open_file(name: str) -> int | None:
-    """A descriptor for a control file that is looked up in place, or None if there is none."""
+class ControlFiles:
+    """The control files of the qmail home that is the current directory."""
+
+    def load(self, name: str, parse: Callable[[bytes | None], Parsed]) -> Parsed:
+        """What `parse` makes of the file, or of None if there is none; raises ControlError."""
+        descriptor = self.open(name)
+        if descriptor is None:
+            return parse(None)
+        try:
+            return parse(_read_all(descriptor))
+        except OSError as error:
+            raise unusable(name, error) from None
+        finally:
+            os.close(descriptor)
+
+    def line(self, name: str) -> bytes | None:
+        """The first line, or None if there is no such file; raises ControlError."""
+        return self.load(name, first_line)
+
+    def number(self, name: str, default: int) -> int:
+        """The number that the first line starts with, or the default where there is none."""
+        line = self.line(name)
+        return number(line) if line and line[:1].isdigit() else default
+
+    def list(self, name: str) -> list[bytes] | None:
+        """The lines that count, or None if there is no such file; raises ControlError."""
+        return self.load(name, entries)
+
+    def open(self, name: str) -> int | None:
+        """A descriptor of the caller's own, or None if there is no such file; raises ControlError."""
+        try:
+            return os.open(DIRECTORY + name, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise unusable(name, error) from None
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file, readable or not."""
+        return os.path.exists(DIRECTORY + name)
+
+
+class CachedControlFiles(ControlFiles):
+    """The same, for a process that serves many connections: a file that did not change is not read
+    again.  Callers must not change what they are given.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, object], tuple[Signature | None, object]] = {}
+
+    def load(self, name: str, parse: Callable[[bytes | None], Parsed]) -> Parsed:
+        seen = signature(DIRECTORY + name)  # before it is read: a change in between shows next time
+        cached = self._values.get((name, parse))
+        if cached is not None and cached[0] == seen:
+            return cached[1]  # type: ignore[return-value]
+        value = super().load(name, parse)
+        self._values[name, parse] = seen, value
+        return value
+
+
+def signature(path: str) -> Signature | None:
+    """What changes when a file is changed or replaced (stat(2)); None if it can not be found."""
     try:
-        return os.open(DIRECTORY + name, os.O_RDONLY)
-    except FileNotFoundError:
+        found = os.stat(path)
+    except OSError:
         return None
-    except OSError as error:
-        raise unusable(name, error) from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def unusable(name: str, error: OSError) -> ControlError:
@@ -51,16 +113,8 @@ def unusable(name: str, error: OSError) -> ControlError:
     return ControlError(f"cannot read {DIRECTORY}{name}: {error.strerror} (uid {os.geteuid()})")
 
 
-def _read(name: str) -> bytes | None:
-    descriptor = open_file(name)
-    if descriptor is None:
-        return None
+def _read_all(descriptor: int) -> bytes:
     pieces = []
-    try:
-        while piece := os.read(descriptor, 65536):
-            pieces.append(piece)
-    except OSError as error:
-        raise unusable(name, error) from None
-    finally:
-        os.close(descriptor)
+    while piece := os.read(descriptor, 65536):
+        pieces.append(piece)
     return b"".join(pieces)

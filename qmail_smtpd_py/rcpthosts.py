@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 
 from .cdb import CdbError, contains
-from .control import open_file, read_list, unusable
+from .control import entries, unusable
 from .effects import ControlError
 from .path import domain_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .control import ControlFiles
 
 _MORE = "morercpthosts.cdb"
 
@@ -21,20 +25,19 @@ class RcptHosts:
 
     __slots__ = ("_domains", "_more")
 
-    def __init__(self) -> None:
-        domains = read_list("rcpthosts")
-        self._domains = None if domains is None else {domain.lower() for domain in domains}
-        self._more = None if domains is None else open_file(_MORE)
+    def __init__(self, files: ControlFiles) -> None:
+        self._domains = files.load("rcpthosts", _domains)
+        self._more = None if self._domains is None else files.open(_MORE)
 
     def allows(self, recipient: bytes) -> bool:
         """Whether mail for the recipient is taken from anybody; raises ControlError."""
         domain = domain_of(recipient)
         if self._domains is None or domain is None:
             return True
-        entries = _entries_for(domain.lower())
-        if any(entry in self._domains for entry in entries):
+        keys = _keys_for(domain.lower())
+        if not self._domains.isdisjoint(keys):
             return True
-        return self._more is not None and any(_is_in_more(self._more, entry) for entry in entries)
+        return self._more is not None and any(_is_in_more(self._more, key) for key in keys)
 
     def close(self) -> None:
         """Close morercpthosts.cdb."""
@@ -43,15 +46,20 @@ class RcptHosts:
             self._more = None
 
 
-def _entries_for(domain: bytes) -> list[bytes]:
+def _domains(text: bytes | None) -> frozenset[bytes] | None:
+    listed = entries(text)
+    return None if listed is None else frozenset(domain.lower() for domain in listed)
+
+
+def _keys_for(domain: bytes) -> list[bytes]:
     """The entries that would allow a domain: itself, and what follows it from each dot on."""
     dots = (at for at in range(1, len(domain)) if domain[at : at + 1] == b".")
     return [domain, *(domain[at:] for at in dots)] if domain else []
 
 
-def _is_in_more(descriptor: int, entry: bytes) -> bool:
+def _is_in_more(descriptor: int, key: bytes) -> bool:
     try:
-        return contains(descriptor, entry)
+        return contains(descriptor, key)
     except OSError as error:
         raise unusable(_MORE, error) from None
     except CdbError as error:

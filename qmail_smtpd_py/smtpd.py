@@ -11,9 +11,10 @@ import os
 import sys
 import time
 
-from . import control, log, reply
+from . import log, reply
 from .badmailfrom import BadMailFrom
 from .connection import Connection, Settings
+from .control import ControlFiles
 from .effects import ControlError, Effects, Identity
 from .path import number
 from .rcpthosts import RcptHosts
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .effects import Delivery
     from .reply import Reply
     from .sasl import Credentials
-    from .tls import Channel
+    from .tls import CachedContexts, Channel, Context
 
 HOME = b"/var/qmail"
 TIMEOUT = 1200
@@ -38,6 +39,18 @@ _LARGEST_DATABYTES = 4294967294  # netqmail keeps it in 32 bits, and one less is
 _LONGEST_TIMEOUT = 1 << 31
 
 
+class Resources:
+    """What a process keeps from one connection to the next: how it reads control files, and where
+    there is more than one connection, TLS contexts.
+    """
+
+    __slots__ = ("contexts", "files")
+
+    def __init__(self, files: ControlFiles, contexts: CachedContexts | None = None) -> None:
+        self.files = files
+        self.contexts = contexts
+
+
 class Server(Effects):
     """What a session may do, done for one connection.
 
@@ -45,19 +58,24 @@ class Server(Effects):
     where one is there and can not be read.
     """
 
-    def __init__(self, environ: Mapping[bytes, bytes], arguments: Sequence[bytes]) -> None:
+    def __init__(
+        self, environ: Mapping[bytes, bytes], arguments: Sequence[bytes], resources: Resources
+    ) -> None:
+        files = self._files = resources.files
+        self._contexts = resources.contexts
         self._environ = environ
         self._arguments = arguments
         self.connection = Connection(environ)
-        me = control.read_line("me")
-        self.settings = _settings(environ, me, can_authenticate=bool(arguments))
-        self._ip_host = control.read_line("localiphost")
+        me = files.line("me")
+        self.settings = _settings(files, environ, me, can_authenticate=bool(arguments))
+        self._ip_host = files.line("localiphost")
         if self._ip_host is None:
             self._ip_host = me
-        self.timeout = min(max(1, control.read_number("timeoutsmtpd", TIMEOUT)), _LONGEST_TIMEOUT)
-        self._bad_mail_from = BadMailFrom()
-        self._rcpt_hosts = RcptHosts()
+        self.timeout = min(max(1, files.number("timeoutsmtpd", TIMEOUT)), _LONGEST_TIMEOUT)
+        self._bad_mail_from = BadMailFrom(files)
+        self._rcpt_hosts = RcptHosts(files)
         self._ciphers: list[bytes] = []
+        self._context: Context | None = None
         self._channel: Channel | None = None
 
     def close(self) -> None:
@@ -127,7 +145,7 @@ class Server(Effects):
 
     def offers_tls(self) -> bool:
         try:
-            descriptor = control.open_file("servercert.pem")
+            descriptor = self._files.open("servercert.pem")
         except ControlError as error:
             self.log("error", {"why": f"STARTTLS not offered: {error}"})
             return False
@@ -138,11 +156,14 @@ class Server(Effects):
 
     def prepare_tls(self) -> Reply | None:
         chosen = self._environ.get(b"TLSCIPHERS")
-        self._ciphers = [chosen] if chosen else control.read_list("tlsserverciphers") or []
+        self._ciphers = [chosen] if chosen else self._files.list("tlsserverciphers") or []
         try:
             from . import tls
 
-            tls.check()
+            if self._contexts:
+                self._context = self._contexts.get(self._ciphers, self._asks_for_certificates())
+            else:
+                tls.check()
         except (ImportError, MemoryError, OSError) as error:
             # A memory limit too low for OpenSSL shows as a library that can not be mapped.
             self.log("error", {"why": f"TLS not available: {error}; is the memory limit too low?"})
@@ -157,7 +178,7 @@ class Server(Effects):
         try:
             from . import tls
 
-            context = tls.Context(self._ciphers, self._asks_for_certificates())
+            context = self._context or tls.Context(self._ciphers, self._asks_for_certificates())
             for warning in context.warnings:
                 self.log("error", {"why": warning})
             self._channel = channel = tls.Channel(context)
@@ -174,25 +195,27 @@ class Server(Effects):
 
     def _asks_for_certificates(self) -> bool:
         """Whether a client certificate could make a difference."""
-        files = ("tlsclients", "clientca.pem")
-        there = all(os.path.exists(control.DIRECTORY + name) for name in files)
-        return there and self.connection.relay_client is None
+        if self.connection.relay_client is not None:
+            return False
+        return self._files.exists("tlsclients") and self._files.exists("clientca.pem")
 
     def certified_client(self) -> tuple[bytes | None, bytes]:
-        clients = control.read_list("tlsclients")
+        clients = self._files.list("tlsclients")
         if self._channel is None or clients is None:
             return None, b""
         return self._channel.certified_address([client.lower() for client in clients])
 
 
-def _settings(environ: Mapping[bytes, bytes], me: bytes | None, can_authenticate: bool) -> Settings:
+def _settings(
+    files: ControlFiles, environ: Mapping[bytes, bytes], me: bytes | None, can_authenticate: bool
+) -> Settings:
     """What the administrator set; raises ControlError."""
-    greeting = control.read_line("smtpgreeting")
+    greeting = files.line("smtpgreeting")
     if greeting is None:
         greeting = me
     if greeting is None:
         raise ControlError("neither control/me nor control/smtpgreeting is there")
-    databytes = control.read_number("databytes", 0)
+    databytes = files.number("databytes", 0)
     if b"DATABYTES" in environ:
         databytes = number(environ[b"DATABYTES"])
     return Settings(
@@ -205,7 +228,11 @@ def _settings(environ: Mapping[bytes, bytes], me: bytes | None, can_authenticate
 
 
 def serve(
-    read_fd: int, write_fd: int, environ: Mapping[bytes, bytes], arguments: Sequence[bytes]
+    read_fd: int,
+    write_fd: int,
+    environ: Mapping[bytes, bytes],
+    arguments: Sequence[bytes],
+    resources: Resources,
 ) -> int:
     """Serve one connection; the exit status: 0 after QUIT, 1 in every other case.
 
@@ -216,7 +243,7 @@ def serve(
     server = None
     try:
         _go_home(environ.get(b"QMAILHOME") or HOME)
-        server = Server(environ, arguments)
+        server = Server(environ, arguments, resources)
         wire.timeout = server.timeout
         return _converse(wire, server, smtps=b"SMTPS" in environ)
     except ControlError as error:
@@ -281,12 +308,29 @@ def main() -> int:
     """The program: descriptors 0 and 1, the environment and the arguments are the process's."""
     try:
         _tidy_descriptors()
-        return serve(0, 1, dict(os.environb), [os.fsencode(word) for word in sys.argv[1:]])
+        arguments = [os.fsencode(word) for word in sys.argv[1:]]
+        return serve(0, 1, environment(), arguments, Resources(ControlFiles()))
     except (ConnectionLost, TimedOut, KeyboardInterrupt):
         return 1
     except Exception as error:  # a defect: no traceback, as it could show what nobody may see
         log.write("error", {"why": f"internal error: {_place(error)}"})
         return 1
+
+
+def environment() -> dict[bytes, bytes]:
+    """The environment that the process was started with, as children are to have it.
+
+    In the C locale the interpreter adds LC_CTYPE of its own accord (PEP 538).
+    """
+    environ = dict(os.environb)
+    if environ.get(b"LC_CTYPE") == b"C.UTF-8":
+        try:
+            with open("/proc/self/environ", "rb") as file:
+                if not any(word.startswith(b"LC_CTYPE=") for word in file.read().split(b"\0")):
+                    del environ[b"LC_CTYPE"]
+        except OSError:
+            pass  # it does no harm
+    return environ
 
 
 def _tidy_descriptors() -> None:

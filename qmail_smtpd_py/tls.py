@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 
+from .control import signature
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +25,7 @@ SERVER_CERTIFICATE = "control/servercert.pem"
 CLIENT_AUTHORITIES = "control/clientca.pem"
 REVOCATIONS = "control/clientcrl.pem"
 DH_PARAMETERS = "control/dh2048.pem"
+_FILES = (SERVER_CERTIFICATE, CLIENT_AUTHORITIES, REVOCATIONS, DH_PARAMETERS)
 
 CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM"
 """The ciphers of TLS 1.2 where nobody chose others; DHE counts where there is dh2048.pem."""
@@ -91,25 +94,25 @@ def _check_pair() -> None:
 
 
 class Context:
-    """What a handshake is made with: certificate, ciphers, and whom to ask for a certificate.
+    """What handshakes are made with: certificate, ciphers, and whom to ask for a certificate.
 
     `ciphers` are OpenSSL cipher strings, or none for the default; `ask_client` tells whether a
-    client certificate is asked for.  `warnings` lists what was wrong and left out.
+    client certificate is asked for, `resumable` whether clients are given session tickets, which is
+    of use where the context outlives the connection.  `warnings` lists what was wrong and left out.
     """
 
-    def __init__(self, ciphers: Sequence[bytes], ask_client: bool) -> None:
+    def __init__(self, ciphers: Sequence[bytes], ask_client: bool, resumable: bool = False) -> None:
         from OpenSSL import SSL
 
         self.warnings: list[str] = []
-        self.problems: list[str] = []  # of the client certificate, as OpenSSL words them
         context = self.ssl = SSL.Context(SSL.TLS_SERVER_METHOD)
         context.set_min_proto_version(SSL.TLS1_2_VERSION)
         context.set_options(
-            SSL.OP_NO_COMPRESSION
-            | SSL.OP_NO_RENEGOTIATION
-            | SSL.OP_NO_TICKET
-            | SSL.OP_CIPHER_SERVER_PREFERENCE
+            SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE
         )
+        if ask_client or not resumable:
+            # A resumed session does not have its certificate looked at again.
+            context.set_options(SSL.OP_NO_TICKET)
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.set_session_id(b"qmail-smtpd")
         try:
@@ -165,7 +168,7 @@ class Context:
                 # Who was revoked is not known: nobody's certificate can count.
                 self.warnings.append(f"{REVOCATIONS}: {error}; no client certificate counts")
                 return
-        self.ssl.set_verify(SSL.VERIFY_PEER, self._note_problem)
+        self.ssl.set_verify(SSL.VERIFY_PEER, _note_problem)
 
     def _load_revocations(self) -> None:
         from cryptography import x509
@@ -179,13 +182,6 @@ class Context:
             store.add_crl(x509.load_pem_x509_crl(text + _END_OF_LIST))
         if lists:
             store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
-
-    def _note_problem(
-        self, connection: Any, certificate: Any, code: int, depth: int, ok: int
-    ) -> bool:
-        if not ok:
-            self.problems.append(_VERIFY_ERRORS.get(code, f"certificate verify error {code}"))
-        return True
 
 
 _END_OF_LIST = b"-----END X509 CRL-----\n"
@@ -205,6 +201,33 @@ _VERIFY_ERRORS = {
 """What a verify error means (openssl-verification-options(1), X509_STORE_CTX_get_error(3))."""
 
 
+def _note_problem(connection: Any, certificate: Any, code: int, depth: int, ok: int) -> bool:
+    """Note what is wrong with a client certificate, and let the handshake go on."""
+    if not ok:
+        problem = _VERIFY_ERRORS.get(code, f"certificate verify error {code}")
+        connection.get_app_data().append(problem)
+    return True
+
+
+class CachedContexts:
+    """Contexts for a process that serves many connections: made anew where a file has changed."""
+
+    def __init__(self) -> None:
+        self._contexts: dict[tuple[object, ...], tuple[object, Context]] = {}
+
+    def get(self, ciphers: Sequence[bytes], ask_client: bool) -> Context:
+        """The context; raises TlsError."""
+        seen = [signature(path) for path in _FILES]
+        key = (*ciphers, ask_client)
+        cached = self._contexts.get(key)
+        if cached is not None and cached[0] == seen:
+            return cached[1]
+        check()
+        context = Context(ciphers, ask_client, resumable=True)
+        self._contexts[key] = seen, context
+        return context
+
+
 class Channel:
     """One connection's TLS, on octets in memory.
 
@@ -214,9 +237,10 @@ class Channel:
     def __init__(self, context: Context) -> None:
         from OpenSSL import SSL
 
-        self._context = context
         self._errors = SSL
         self._connection = SSL.Connection(context.ssl, None)
+        self._problems: list[str] = []  # of the client certificate
+        self._connection.set_app_data(self._problems)
         self._connection.set_accept_state()
         self._up = False
         self.ended = ""
@@ -303,8 +327,8 @@ class Channel:
         certificate = self._connection.get_peer_certificate()
         if certificate is None:
             return None, ""
-        if self._context.problems:
-            return None, self._context.problems[0]
+        if self._problems:
+            return None, self._problems[0]
         address: str | None = certificate.get_subject().emailAddress
         return address, "" if address else "contains no email address"
 
