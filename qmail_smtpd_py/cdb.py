@@ -1,4 +1,4 @@
-"""Constant databases (cdb(5)): whether a key is there, without reading the file into memory.
+"""Constant databases (cdb(5)): what is stored under a key, without reading the file into memory.
 
 The file starts with 256 pairs (position, slots) of little-endian 32-bit numbers.  The hash of a key
 chooses the pair by its low 8 bits and the first slot by the others; a slot is a pair (hash,
@@ -22,20 +22,20 @@ def cdb_hash(key: bytes) -> int:
     return value
 
 
-def contains(descriptor: int, key: bytes) -> bool:
-    """Whether the database has the key; raises CdbError, or OSError where reading fails."""
+def find(descriptor: int, key: bytes) -> bytes | None:
+    """The first data under the key, or None; raises CdbError, or OSError where reading fails."""
     value = cdb_hash(key)
     table, slots = _pair(descriptor, (value & 255) * 8)
     for number in range(slots):
         slot = ((value >> 8) + number) % slots
         slot_hash, record = _pair(descriptor, table + slot * 8)
         if not record:
-            return False
+            return None
         if slot_hash == value:
-            key_length, _ = _pair(descriptor, record)
+            key_length, data_length = _pair(descriptor, record)
             if key_length == len(key) and _read(descriptor, record + 8, key_length) == key:
-                return True
-    return False
+                return _read(descriptor, record + 8 + key_length, data_length)
+    return None
 
 
 def _pair(descriptor: int, position: int) -> tuple[int, int]:

@@ -22,7 +22,8 @@ _VALUE_LIMIT = 1200
 _PLAIN = frozenset(
     b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:_-<>[],!#&*~?"
 )
-_QUOTABLE = frozenset(range(32, 127)) - frozenset(b'"\\')
+_PRINTABLE = frozenset(range(32, 127))
+_QUOTABLE = _PRINTABLE - frozenset(b'"\\')
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 
 
@@ -38,10 +39,35 @@ def format_line(event: str, fields: Mapping[str, object]) -> bytes:
 
 def write(event: str, fields: Mapping[str, object]) -> None:
     """Write the line for an event; a log that takes nothing is no reason to refuse mail."""
+    _write(format_line(event, fields))
+
+
+def write_line(line: str) -> None:
+    """Write a line that has a form of its own, as tcpserver's have; it is made printable."""
+    _write(
+        bytes(octet if octet in _PRINTABLE else ord("?") for octet in line.encode())[:_LINE_LIMIT]
+    )
+
+
+def _write(line: bytes) -> None:
     try:
-        os.write(DESCRIPTOR, format_line(event, fields) + b"\n")
+        os.write(DESCRIPTOR, line + b"\n")
     except OSError:
         pass
+
+
+def where(error: BaseException) -> str:
+    """The kind of an exception and where it came from: what a log may tell of a defect.
+
+    A traceback, and the text of an exception, could show what nobody may see.
+    """
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    if not trace:
+        return type(error).__name__
+    file = os.path.basename(trace.tb_frame.f_code.co_filename)
+    return f"{type(error).__name__} at {file} line {trace.tb_lineno}"
 
 
 def _octets(value: object) -> bytes:

@@ -65,8 +65,8 @@ def parameters(argument: bytes) -> list[bytes]:
 
 def number(text: bytes) -> int:
     """The number that the text starts with; 0 if it starts with no digit (qmail's scan_ulong)."""
-    digits = text[: len(text) - len(text.lstrip(b"0123456789"))]
-    if len(digits.lstrip(b"0")) > len("18446744073709551615"):
+    digits = text[: len(text) - len(text.lstrip(b"0123456789"))].lstrip(b"0")
+    if len(digits) > len("18446744073709551615"):
         return 1 << 64  # larger than any limit, and no matter how much larger
     return int(digits or b"0")
 

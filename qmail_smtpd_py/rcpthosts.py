@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from .cdb import CdbError, contains
+from .cdb import CdbError, find
 from .control import entries, unusable
 from .effects import ControlError
 from .path import domain_of
@@ -59,7 +59,7 @@ def _keys_for(domain: bytes) -> list[bytes]:
 
 def _is_in_more(descriptor: int, key: bytes) -> bool:
     try:
-        return contains(descriptor, key)
+        return find(descriptor, key) is not None
     except OSError as error:
         raise unusable(_MORE, error) from None
     except CdbError as error:

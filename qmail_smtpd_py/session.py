@@ -82,6 +82,8 @@ class Session:
 
     def receive(self, data: bytes) -> bytes:
         """Take in what the client sent; the replies to it."""
+        if self.state not in _READERS:
+            return b""  # in clear behind STARTTLS, or behind the end: it must not count
         self._unread.add(data)
         try:
             while self.state in _READERS and _READERS[self.state](self):

@@ -173,6 +173,11 @@ class Server(Effects):
             return reply.tls_unavailable(trouble.what, trouble.reason.encode("ascii", "replace"))
         return None
 
+    def preload(self) -> None:
+        """Make the TLS context that this environment asks for; what is wrong goes to the log."""
+        if self._contexts and self.offers_tls():
+            self.prepare_tls()
+
     def start_tls(self, wire: Wire) -> bytes:
         """Make the handshake; the name of the cipher.  Raises ConnectionLost."""
         try:
@@ -313,7 +318,7 @@ def main() -> int:
     except (ConnectionLost, TimedOut, KeyboardInterrupt):
         return 1
     except Exception as error:  # a defect: no traceback, as it could show what nobody may see
-        log.write("error", {"why": f"internal error: {_place(error)}"})
+        log.write("error", {"why": f"internal error: {log.where(error)}"})
         return 1
 
 
@@ -336,14 +341,3 @@ def environment() -> dict[bytes, bytes]:
 def _tidy_descriptors() -> None:
     """Close what was inherited beside 0, 1 and 2, so that no child gets it."""
     os.closerange(3, 1024)
-
-
-def _place(error: BaseException) -> str:
-    """The kind of an exception, and where it came from."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    if not trace:
-        return type(error).__name__
-    file = os.path.basename(trace.tb_frame.f_code.co_filename)
-    return f"{type(error).__name__} at {file} line {trace.tb_lineno}"

@@ -224,6 +224,7 @@ class CachedContexts:
             return cached[1]
         check()
         context = Context(ciphers, ask_client, resumable=True)
+        _rehearse(context)
         self._contexts[key] = seen, context
         return context
 
@@ -331,6 +332,29 @@ class Channel:
             return None, self._problems[0]
         address: str | None = certificate.get_subject().emailAddress
         return address, "" if address else "contains no email address"
+
+
+def _rehearse(context: Context) -> None:
+    """Make a handshake with ourselves, in memory: what OpenSSL sets up at its first one is then
+    there, and shared, in every process forked after it.
+    """
+    from OpenSSL import SSL
+
+    server = Channel(context)
+    client = SSL.Connection(SSL.Context(SSL.TLS_CLIENT_METHOD), None)
+    client.set_connect_state()
+    try:
+        for _ in range(3):  # TLS 1.3 needs two turns, TLS 1.2 three
+            try:
+                client.do_handshake()
+            except SSL.WantReadError:
+                pass
+            server.feed(client.bio_read(65536))
+            if server.handshake():
+                return
+            client.bio_write(server.pending())
+    except (SSL.Error, TlsError):
+        pass  # ciphers that our own client does not have, perhaps: others may
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,211 @@
+"""Launchers: the programs as they are installed, made to start in the least time.
+
+qmail-smtpd is started anew for every connection, so every connection pays for what it does before
+its first reply.  Three things make that cheap:
+
+    the interpreter itself is started, not a virtual environment's link to it, with -I and -S: it
+    neither looks at the environment nor runs `site`; the launcher says where the packages are
+    all modules come out of one file, the start-up image, which has their code in the order in
+    which they import each other: nothing is looked for, and nothing is read but this file
+    the program ends by _exit: a process that ends anyway need not take itself apart
+
+A module that is not in the image is imported in the usual way when it is asked for.  An image is
+good for one kind of bytecode only.  Where the interpreter was replaced by one of another kind, or
+the image is gone, the launcher imports all modules in the usual way, as slowly as that is.
+
+A launcher also says what nothing else can: that there was not even the memory to load the program.
+
+    python -X no_debug_ranges -m qmail_smtpd_py.launcher DIRECTORY
+
+writes the launchers and their images into the directory, from where the launchers can be moved.
+The option keeps out of the images what is only there for the marks under the lines of tracebacks.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import marshal
+import os
+import sys
+import sysconfig
+from importlib.util import MAGIC_NUMBER
+from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import CodeType
+
+    Entry = tuple[str, dict[str, object], CodeType]
+
+PACKAGE = "qmail_smtpd_py"
+SOURCES = Path(__file__).resolve().parent
+
+SHEBANG_LIMIT = 127
+"""Octets that every Linux takes of a script's first line (execve(2))."""
+
+
+class Program:
+    """A program that the mail system starts: `main` is the module whose `main` function it is.
+
+    `late` names modules that it imports when it needs them, but needs so often that they are better
+    in the image.  Where it can not be loaded, `trouble` is the exit status, and `reply` is what goes
+    to descriptor 1.
+    """
+
+    def __init__(
+        self, main: str, late: tuple[str, ...] = (), trouble: int = 111, reply: bytes = b""
+    ) -> None:
+        self.main = main
+        self.late = late
+        self.trouble = trouble
+        self.reply = reply
+
+
+PROGRAMS = {
+    "qmail-smtpd": Program(
+        "smtpd",
+        late=("qmail_queue", "checkpassword"),
+        trouble=1,
+        reply=b"421 out of memory (#4.3.0)\r\n",
+    ),
+    "qmail-queue-maildir": Program("maildir_queue", trouble=51),
+    "checkpassword-users": Program("users_check", late=("users_file",), trouble=111),
+}
+
+TOOLS = {"qmail-smtpd-users": "users_file"}
+"""The programs that people start: they have no image, and end as other programs do."""
+
+_LAUNCHER = """\
+#!{interpreter} -IS
+# Made by {package}/launcher.py, which tells why it is so.
+import sys
+from _frozen_importlib_external import MAGIC_NUMBER
+from marshal import loads
+from posix import _exit, getpid, write
+
+sys.path += {path!r}
+status = {trouble}
+try:
+    try:
+        with open({image!r}, "rb") as file:
+            image = file.read()
+    except OSError:
+        image = b""
+    if image.startswith(MAGIC_NUMBER):
+        for name, facts, code in loads(image[len(MAGIC_NUMBER) :]):
+            module = sys.modules[name] = type(sys)(name)
+            module.__dict__.update(facts)
+            exec(code, module.__dict__)
+    from {package}.{main} import main
+    status = main()
+except Exception as error:
+    why = type(error).__name__ + "; is the memory limit too low?"
+    write(2, ('{name}[%d]: error why="%s"\\n' % (getpid(), why)).encode())
+    write(1, {reply!r})
+finally:
+    _exit(status)
+"""
+
+_TOOL = """\
+#!{interpreter} -IS
+import sys
+
+sys.path += {path!r}
+from {package}.{main} import main
+
+sys.exit(main())
+"""
+
+
+def image(program: Program) -> bytes:
+    """The start-up image: the bytecode's magic number, and (name, facts, code) for each module."""
+    entries: dict[str, Entry] = {}
+    for name in ("__init__", *program.late, program.main):
+        _add(name, entries)
+    return MAGIC_NUMBER + marshal.dumps(list(entries.values()))
+
+
+def _add(name: str, entries: dict[str, Entry]) -> None:
+    """Add a module's entry behind those of the modules that it imports."""
+    if name not in entries:
+        source = SOURCES / f"{name}.py"
+        tree = ast.parse(source.read_bytes())
+        for imported in _imports(tree):
+            _add(imported, entries)
+        entries[name] = _entry(name, source, tree)
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """The modules of this package that a module imports as soon as it is imported itself."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
+
+
+def _entry(name: str, source: Path, tree: ast.Module) -> Entry:
+    facts: dict[str, object] = {"__package__": PACKAGE, "__file__": str(source)}
+    if name == "__init__":
+        return PACKAGE, {**facts, "__path__": [str(SOURCES)]}, _compile(source, tree)
+    return f"{PACKAGE}.{name}", facts, _compile(source, tree)
+
+
+def _compile(source: Path, tree: ast.Module) -> CodeType:
+    """The code, without docstrings, and without an import of __future__ when it runs."""
+    tree.body = [node for node in tree.body if getattr(node, "module", None) != "__future__"]
+    flags = __future__.annotations.compiler_flag
+    code: CodeType = compile(tree, source, "exec", flags, dont_inherit=True, optimize=2)
+    return code
+
+
+def launcher(name: str, image_path: Path) -> bytes:
+    """The launcher of a program; raises ValueError where no script can name the interpreter."""
+    program = PROGRAMS[name]
+    text = _LAUNCHER.format(
+        name=name,
+        image=str(image_path),
+        main=program.main,
+        reply=program.reply,
+        trouble=program.trouble,
+        **_surroundings(),
+    )
+    return os.fsencode(text)
+
+
+def tool(name: str) -> bytes:
+    """The launcher of a tool; raises ValueError where no script can name the interpreter."""
+    return os.fsencode(_TOOL.format(main=TOOLS[name], **_surroundings()))
+
+
+def _surroundings() -> dict[str, object]:
+    """The interpreter, and where the packages are that this one needs, and this one."""
+    interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    if " " in interpreter or len(f"#!{interpreter} -IS") > SHEBANG_LIMIT:
+        raise ValueError(f"no script can name {interpreter!r}: it has a blank, or is too long")
+    path = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(SOURCES.parent)]
+    return {"interpreter": interpreter, "package": PACKAGE, "path": list(dict.fromkeys(path))}
+
+
+def main() -> int:
+    """Write all launchers and images into the directory that is named; returns the exit status."""
+    directory = Path(sys.argv[1]).resolve()
+    for name, program in PROGRAMS.items():
+        image_path = directory / f"{name}.image"
+        _write(image_path, image(program), 0o644)
+        _write(directory / name, launcher(name, image_path), 0o755)
+    for name in TOOLS:
+        _write(directory / name, tool(name), 0o755)
+    return 0
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    """Write a file, and put it in the place of the one that is there, if any; raises OSError."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_bytes(content)
+    new.chmod(mode)
+    new.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

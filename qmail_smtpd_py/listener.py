@@ -1,0 +1,390 @@
+"""qmail-smtpd-listen: takes the place of tcpserver and of the program that it would start.
+
+The options are tcpserver's, with tcpserver's meaning, so that a run file changes in one place; a few
+long ones are our own.  Order of events: bind, detach (--daemon), give up privileges, load all that
+workers share, fork.  Not an octet of a client's is read by a process that may do more than -u and
+-g say.
+"""
+
+from __future__ import annotations
+
+import getopt
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+
+from . import log, tls
+from .control import CachedControlFiles
+from .effects import ControlError
+from .prefork import Place, Pool
+from .proxyprotocol import Peers
+from .smtpd import HOME, Resources, Server, environment
+from .tcpenviron import LookUps
+from .tcprules import Rules
+from .worker import Service, Worker
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NAME = "qmail-smtpd-listen"
+
+USAGE = f"""\
+usage: {NAME} [tcpserver's options] [our options] host port [checkprogram subprogram ...]
+tcpserver's options: -1dDhHoOpPqQrRUvX -b n -B banner -c n -g gid -l localname -t n -u uid -x cdb
+our options: --daemon --pid-file=FILE --log-file=FILE --max-use=N --max-age=SECONDS
+             --idle=N --drain=SECONDS --proxy-from=ADDRESSES
+"""
+
+_SHORT = "1b:B:c:dDg:hHl:oOpPqQrRt:u:UvVx:X"
+_LONG = (
+    "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=", "proxy-from=",
+)  # fmt: skip
+
+_IDLE_SECONDS = 5  # after which a waiting worker looks around
+_FDS_START = 3  # sd_listen_fds(3)
+_INHERITED = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor and process ids
+
+
+class UsageError(Exception):
+    """The command line or what it names is wrong; the text says what."""
+
+
+class Options:
+    """The command line, read."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.look_ups = LookUps()
+        self.limit = 40
+        self.backlog = 512
+        self.banner = ""
+        self.no_delay = True
+        self.keep_ip_options = False
+        self.verbosity = 1
+        self.print_port = False
+        self.rules: Rules | None = None
+        self.uid: int | None = None
+        self.gid: int | None = None
+        self.daemon = False
+        self.pid_file: str | None = None
+        self.log_file: str | None = None
+        self.max_use = 100
+        self.max_age = 3600.0
+        self.idle = 2 * (os.cpu_count() or 1)
+        self.drain = 60.0
+        self.proxies: Peers | None = None
+        try:
+            flags, rest = getopt.getopt(words, _SHORT, list(_LONG))
+            rules, optional = None, False
+            for flag, value in flags:
+                if flag == "-x":
+                    rules = value
+                elif flag == "-X":
+                    optional = True
+                else:
+                    self._take(flag, value)
+            self.rules = Rules(rules, optional) if rules else None
+            self.host, self.port, *self.arguments = rest
+        except getopt.GetoptError as error:
+            raise UsageError(str(error)) from None
+        except ValueError as error:
+            raise UsageError(f"bad command line: {error}") from None
+
+    def _take(self, flag: str, value: str) -> None:
+        """Heed one option; raises ValueError where its value is none."""
+        switches = {
+            "-h": (self.look_ups, "host", True),
+            "-H": (self.look_ups, "host", False),
+            "-p": (self.look_ups, "paranoid", True),
+            "-P": (self.look_ups, "paranoid", False),
+            "-r": (self.look_ups, "ident", True),
+            "-R": (self.look_ups, "ident", False),
+            "-d": (self, "no_delay", False),
+            "-D": (self, "no_delay", True),
+            "-o": (self, "keep_ip_options", True),
+            "-O": (self, "keep_ip_options", False),
+            "-q": (self, "verbosity", 0),
+            "-Q": (self, "verbosity", 1),
+            "-v": (self, "verbosity", 2),
+            "-1": (self, "print_port", True),
+            "--daemon": (self, "daemon", True),
+        }
+        values: dict[str, tuple[str, Callable[[str], object]]] = {
+            "-b": ("backlog", _positive),
+            "-B": ("banner", str),
+            "-c": ("limit", _positive),
+            "-g": ("gid", int),
+            "-u": ("uid", int),
+            "--pid-file": ("pid_file", str),
+            "--log-file": ("log_file", str),
+            "--max-use": ("max_use", _positive),
+            "--max-age": ("max_age", float),
+            "--idle": ("idle", _positive),
+            "--drain": ("drain", float),
+            "--proxy-from": ("proxies", Peers),
+        }
+        if flag in switches:
+            target, name, switch = switches[flag]
+            setattr(target, name, switch)
+        elif flag in values:
+            name, convert = values[flag]
+            setattr(self, name, convert(value))
+        elif flag == "-t":
+            self.look_ups.ident_seconds = float(value)
+        elif flag == "-l":
+            self.look_ups.local_host = os.fsencode(value) or None
+        elif flag == "-U":
+            self.uid = int(os.environ.get("UID", ""))
+            self.gid = int(os.environ.get("GID", ""))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(f"{text} is not at least 1")
+    return number
+
+
+class Listener:
+    """The parent: its socket, its signals and its pool."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._predecessors: list[int] = []
+        self._owns_socket = True
+        self._socket = self._inherit() or _bind(options)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, options.no_delay)
+        wait = struct.pack("ll", _IDLE_SECONDS, 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+        self._stop_at: float | None = None
+        self._signals: list[int] = []
+
+    def _inherit(self) -> socket.socket | None:
+        """The socket that a predecessor or systemd left us (sd_listen_fds(3)), or None."""
+        left = os.environ.pop(_INHERITED, None)
+        if left:
+            descriptor, *self._predecessors = map(int, left.split(","))
+            return socket.socket(fileno=descriptor)
+        if os.environ.pop("LISTEN_PID", None) == str(os.getpid()):
+            os.environ.pop("LISTEN_FDS", None)
+            self._owns_socket = False
+            return socket.socket(fileno=_FDS_START)
+        return None
+
+    @property
+    def port(self) -> int:
+        """The port that we listen on."""
+        port: int = self._socket.getsockname()[1]
+        return port
+
+    def run(self) -> None:
+        """Serve until a signal says stop, and then until the last session is over."""
+        options = self._options
+        service = self._load()
+        pool = Pool(
+            options.limit,
+            options.idle,
+            2 * options.idle,
+            lambda place: self._work(service, place),
+            lambda: _preload(service),
+            _complain,
+        )
+        pool.predecessors.update(self._predecessors)
+        wake = self._catch_signals()
+        self._verbose(f"status: 0/{options.limit}")
+        while True:
+            self._heed_signals(pool)
+            pool.maintain()
+            if pool.board.stopping and not pool.workers:
+                return
+            pool.wait(self._time_left(pool), wake)
+
+    def _load(self) -> Service:
+        """Load what all workers share, as the user that they will be."""
+        options = self._options
+        environ = environment()
+        arguments = [os.fsencode(word) for word in options.arguments]
+        resources = Resources(CachedControlFiles(), tls.CachedContexts())
+        service = Service(environ, arguments, resources, options.look_ups)
+        service.rules = options.rules
+        service.proxies = options.proxies
+        service.banner = os.fsencode(options.banner)
+        service.keep_ip_options = options.keep_ip_options
+        service.limit = options.limit
+        service.verbose = self._verbose
+        service.complain = _complain if options.verbosity else service.complain
+        home = environ.get(b"QMAILHOME") or HOME
+        try:
+            os.chdir(home)
+        except OSError as error:
+            why = f"cannot change to {os.fsdecode(home)}: {error.strerror} (uid {os.geteuid()})"
+            raise UsageError(why) from None
+        return service
+
+    def _work(self, service: Service, place: Place) -> None:
+        """What a worker does."""
+        options = self._options
+        Worker(service, self._socket, place, options.max_use, options.max_age).run()
+
+    def _verbose(self, line: str) -> None:
+        if self._options.verbosity > 1:
+            _complain(line)
+
+    # Signals
+
+    def _catch_signals(self) -> int:
+        """Note signals as they come; the descriptor that becomes readable with them."""
+        hear, wake = os.pipe()
+        os.set_blocking(hear, False)
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        for number in (
+            signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
+            signal.SIGUSR2, signal.SIGCHLD,
+        ):  # fmt: skip
+            signal.signal(number, lambda number, frame: self._signals.append(number))
+        return hear
+
+    def _heed_signals(self, pool: Pool) -> None:
+        """Do what the signals ask: the table of signals in qmail-smtpd-listen(8)."""
+        signals, self._signals = self._signals, []
+        for number in signals:
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._stop(pool, self._options.drain if self._stop_at is None else 0)
+            elif number == signal.SIGQUIT:
+                self._stop(pool, 0)
+            elif number == signal.SIGHUP:
+                pool.replace_all()
+            elif number == signal.SIGUSR2:
+                self._restart(pool)
+            elif number == signal.SIGALRM:
+                _complain(f"status: {pool.board.busy}/{self._options.limit}")
+        if self._stop_at is not None and time.monotonic() > self._stop_at:
+            pool.signal_all(signal.SIGTERM)
+
+    def _stop(self, pool: Pool, seconds: float) -> None:
+        """Accept no more, and let the sessions that are there end within so many seconds."""
+        self._stop_at = time.monotonic() + seconds
+        if not pool.board.stopping:
+            _complain(f"stopping: {pool.board.busy} connections left")
+        pool.board.stop()
+        if self._owns_socket:
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes whoever waits in accept
+            except OSError:
+                pass  # done before
+
+    def _time_left(self, pool: Pool) -> float | None:
+        """Seconds until sessions are cut; None where none are to be."""
+        if self._stop_at is None:
+            return None
+        return max(0.2, self._stop_at - time.monotonic())
+
+    def _restart(self, pool: Pool) -> None:
+        """Become a new listener, with new code, on the same socket and under the same process id.
+
+        The workers that are there end after the connection that they serve.
+        """
+        words = getattr(sys, "orig_argv", None) or [sys.executable, "-IS", *sys.argv]
+        descriptor = self._socket.fileno()
+        heritage = ",".join(map(str, [descriptor, *pool.workers]))
+        os.set_inheritable(descriptor, True)
+        pool.replace_all()
+        _complain("restarting")
+        try:
+            os.execve(sys.executable, words, {**os.environ, _INHERITED: heritage})
+        except OSError as error:
+            os.set_inheritable(descriptor, False)
+            _complain(f"warning: cannot restart: {error.strerror}")
+
+
+def _preload(service: Service) -> None:
+    """Have control files and TLS contexts as they are now in memory, for the next fork to share."""
+    try:
+        server = Server(service.environ, service.arguments, service.resources)
+        try:
+            server.preload()
+        finally:
+            server.close()
+    except ControlError as error:
+        _complain(f"warning: {error}")
+
+
+def _bind(options: Options) -> socket.socket:
+    """A socket that listens where the command line says; raises UsageError."""
+    host = "0.0.0.0" if options.host == "0" else options.host
+    try:
+        found = socket.getaddrinfo(
+            host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+        listener.bind(address)
+        listener.listen(options.backlog)
+    except OSError as error:
+        where = f"{options.host} port {options.port}"
+        raise UsageError(f"cannot listen on {where}: {error.strerror}") from None
+    return listener
+
+
+def _drop_privileges(options: Options) -> None:
+    """Become -g and -u, with no way back; raises UsageError."""
+    try:
+        if options.gid is not None:
+            os.setgroups([options.gid])
+            os.setgid(options.gid)
+        if options.uid is not None:
+            os.setuid(options.uid)
+    except OSError as error:
+        raise UsageError(f"cannot become uid {options.uid}: {error.strerror}") from None
+
+
+def _detach(options: Options) -> None:
+    """Go into the background (python-daemon, PEP 3143) with a pid file."""
+    from daemon import DaemonContext
+    from daemon.pidfile import TimeoutPIDLockFile
+
+    log_file = open(options.log_file, "ab", buffering=0) if options.log_file else sys.stderr
+    pid_file = (
+        TimeoutPIDLockFile(os.path.abspath(options.pid_file), 0) if options.pid_file else None
+    )
+    DaemonContext(
+        pidfile=pid_file,
+        stderr=log_file,
+        working_directory="/",
+        umask=0o022,
+        detach_process=True,
+        prevent_core=False,
+        initgroups=False,
+        signal_map={},
+    ).open()
+
+
+def _complain(line: str) -> None:
+    log.write_line(f"{NAME}: {line}")
+
+
+def main() -> int:
+    """The program; the exit status is 111 where it could not start, as tcpserver's."""
+    try:
+        options = Options(sys.argv[1:])
+        listener = Listener(options)
+        if options.print_port:
+            print(listener.port, flush=True)
+        if options.daemon:
+            _detach(options)
+        _drop_privileges(options)
+        listener.run()
+    except UsageError as error:
+        _complain(f"fatal: {error}")
+        if "command line" in str(error) or "option" in str(error):
+            sys.stderr.write(USAGE)
+            return 100
+        return 111
+    return 0

@@ -1,0 +1,284 @@
+"""The pool: workers forked ahead, each serving one connection at a time.
+
+The parent accepts nothing and reads nothing from clients.  It forks workers, replaces those that
+end, and tells them to stop; all of them wait in accept(2) on the same sockets, where the kernel
+wakes one.  What the parent must know of them stands in memory that all share, the Board, so that a
+connection costs the parent nothing:
+
+    a worker    marks its place busy or idle; where too few are idle, it writes an octet to the
+                parent's pipe; it ends of its own accord after so many connections, when told to, and
+                when too many are idle
+    the parent  sleeps until that pipe, a signal or a dead worker wakes it, and forks until enough
+                are idle, but never more than the limit of connections
+
+A worker that crashes is replaced; where they crash one after the other, later and later.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import mmap
+import os
+import select
+import signal
+import time
+
+from .log import where
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_EMPTY, _IDLE, _BUSY = b"\0", b"\1", b"\2"
+
+_CRASH_DELAY, _LONGEST_CRASH_DELAY = 0.25, 30.0  # seconds; doubled with each crash in a row
+_CALM = 60.0  # seconds without a crash after which the next one is a first one
+
+
+class Board:
+    """The state of each worker, one octet a place, in memory shared by parent and workers.
+
+    The first two octets are the parent's: whether it is stopping, and its epoch, which changes when
+    workers are to be replaced.
+    """
+
+    _STOPPING, _EPOCH, _FIRST = 0, 1, 2
+
+    def __init__(self, places: int) -> None:
+        self._memory = mmap.mmap(-1, self._FIRST + places)
+        self._end = self._FIRST + places
+
+    def count(self, state: bytes) -> int:
+        """How many workers are in a state."""
+        return self._memory[self._FIRST : self._end].count(state)
+
+    def mark(self, place: int, state: bytes) -> None:
+        """Note the state of the worker at a place."""
+        self._memory[self._FIRST + place] = state[0]
+
+    def free_place(self) -> int:
+        """A place without a worker; -1 if there is none."""
+        return self._memory.find(_EMPTY, self._FIRST, self._end) - self._FIRST
+
+    @property
+    def busy(self) -> int:
+        """How many connections are being served."""
+        return self.count(_BUSY)
+
+    @property
+    def idle(self) -> int:
+        """How many workers wait for a connection."""
+        return self.count(_IDLE)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether workers are to end after the connection that they serve."""
+        return bool(self._memory[self._STOPPING])
+
+    def stop(self) -> None:
+        """Tell all workers to end."""
+        self._memory[self._STOPPING] = 1
+
+    @property
+    def epoch(self) -> int:
+        """Changes when workers are to be replaced."""
+        return self._memory[self._EPOCH]
+
+    def next_epoch(self) -> None:
+        """Tell all workers that there are now to be replaced."""
+        self._memory[self._EPOCH] = (self.epoch + 1) % 256
+
+
+class Place:
+    """A worker's own place on the board, and the parent's ear."""
+
+    def __init__(
+        self, board: Board, number: int, notify: int, most_idle: int, least_idle: int
+    ) -> None:
+        self.board = board
+        self._number = number
+        self._notify = notify
+        self._most_idle = most_idle
+        self._least_idle = least_idle
+        self._epoch = board.epoch
+        self._parent = os.getppid()
+
+    def busy(self) -> None:
+        """A connection was accepted; the parent is told if too few others wait for the next."""
+        self.board.mark(self._number, _BUSY)
+        if self.board.idle < self._least_idle:
+            try:
+                os.write(self._notify, b".")
+            except OSError:
+                pass  # full: it will look anyway
+
+    def idle(self) -> None:
+        """The connection is over."""
+        self.board.mark(self._number, _IDLE)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the worker is to go on: nothing told it to end, and its parent lives."""
+        board = self.board
+        return not board.stopping and board.epoch == self._epoch and os.getppid() == self._parent
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether more workers are idle than are of use."""
+        return self.board.idle > self._most_idle
+
+
+class Pool:
+    """The workers, from the parent's side.
+
+    `limit` is the number of connections served at a time, `least_idle` and `most_idle` how many
+    workers wait for the next; `work` is what a worker does, with its Place, until it ends; `prepare`
+    runs in the parent before it forks.  `predecessors` are workers that a listener before us left:
+    they count, and end by themselves.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        least_idle: int,
+        most_idle: int,
+        work: Callable[[Place], None],
+        prepare: Callable[[], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.board = Board(limit)
+        self._limit = limit
+        self._least_idle = min(least_idle, limit)
+        self._most_idle = most_idle
+        self._work = work
+        self._prepare = prepare
+        self._tell = tell
+        self._places: dict[int, int] = {}  # by process id
+        self.predecessors: set[int] = set()
+        self._hear, self._notify = os.pipe()
+        os.set_blocking(self._hear, False)
+        os.set_blocking(self._notify, False)
+        self._poll = select.poll()
+        self._poll.register(self._hear, select.POLLIN)
+        self._crashes = 0
+        self._last_crash = 0.0
+        self._fork_at = 0.0  # not before
+
+    @property
+    def workers(self) -> list[int]:
+        """The process ids of all workers."""
+        return list(self._places)
+
+    def maintain(self) -> None:
+        """Bury the dead, and fork until enough workers are idle."""
+        self._bury()
+        if self.board.stopping or time.monotonic() < self._fork_at:
+            return
+        while self.board.idle < self._least_idle and self._fork():
+            pass
+
+    def wait(self, longest: float | None, signals: int) -> None:
+        """Sleep until there is something to do; `signals` is the descriptor that they wake."""
+        now = time.monotonic()
+        waits = [longest] if longest is not None else []
+        if self._fork_at > now and not self.board.stopping:
+            waits.append(self._fork_at - now)
+        self._poll.register(signals, select.POLLIN)
+        for descriptor, _ in self._poll.poll(min(waits) * 1000 + 1 if waits else None):
+            try:
+                os.read(descriptor, 4096)
+            except BlockingIOError:
+                pass
+
+    def replace_all(self) -> None:
+        """Let each worker end after the connection that it serves, and others take its place."""
+        self.board.next_epoch()
+
+    def signal_all(self, number: int) -> None:
+        """Send all workers a signal."""
+        for pid in self._places:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
+    def _bury(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            place = self._places.pop(pid, None)
+            if place is None:
+                self.predecessors.discard(pid)
+                continue
+            self.board.mark(place, _EMPTY)
+            if status and not self.board.stopping:
+                self._note_crash(pid, status)
+
+    def _note_crash(self, pid: int, status: int) -> None:
+        now = time.monotonic()
+        self._crashes = self._crashes + 1 if now - self._last_crash < _CALM else 0
+        self._last_crash = now
+        if os.WIFSIGNALED(status):
+            how = f"was killed by signal {os.WTERMSIG(status)}"
+        else:
+            how = f"ended with status {os.WEXITSTATUS(status)}"
+        # A few are replaced at once: they take no one else's connection with them.
+        delay = min(_CRASH_DELAY * 2 ** (self._crashes - 4), _LONGEST_CRASH_DELAY)
+        if self._crashes >= 4:
+            self._fork_at = now + delay
+            how += f"; no new ones for {delay:g} s"
+        self._tell(f"warning: worker {pid} {how}")
+
+    def _fork(self) -> bool:
+        """Start a worker; False where there is no place for one."""
+        place = self.board.free_place()
+        if place < 0 or len(self._places) + len(self.predecessors) >= self._limit:
+            return False
+        self._prepare()
+        gc.freeze()  # the children leave what is there alone, and its pages stay shared
+        self.board.mark(place, _IDLE)
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self.board.mark(place, _EMPTY)
+            self._tell(f"warning: cannot fork: {error.strerror}")
+            self._fork_at = time.monotonic() + 1
+            return False
+        if not pid:
+            self._become_worker(place)
+        self._places[pid] = place
+        return True
+
+    def _become_worker(self, place: int) -> None:
+        """What the child does; it never comes back."""
+        status = 1
+        try:
+            for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGCHLD, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_DFL)
+            for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+                # A handler, as what is ignored would stay ignored in children.
+                signal.signal(number, _leave_to_parent)
+            signal.set_wakeup_fd(-1)
+            os.close(self._hear)
+            gc.disable()
+            ours = Place(self.board, place, self._notify, self._most_idle, self._least_idle)
+            self._work(ours)
+            status = 0
+        except Exception as error:  # a defect: what it was, without a traceback
+            self._tell(f"fatal: {where(error)}")
+        finally:
+            os._exit(status)
+
+
+def _leave_to_parent(number: int, frame: object) -> None:
+    """A signal that a terminal sends to the whole process group."""
+
+
+def is_passing(error: OSError) -> bool:
+    """Whether accept(2) failed for one connection only, and the next may be fine."""
+    return error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSOCK)

@@ -1,0 +1,132 @@
+"""The PROXY protocol, versions 1 and 2: who the client behind a load balancer is.
+
+The header stands before the first octet of SMTP.  It is believed only of peers that the
+administrator lists; a listed peer that sends none, or a broken one, is cut off.  (HAProxy's
+proxy-protocol.txt, sections 2.1 and 2.2.)
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import select
+import socket
+import time
+
+_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+_START_V1 = b"PROXY "
+_LONGEST_V1 = 107
+_HEADER_V2 = 16
+_TCP4, _TCP6 = 0x11, 0x21
+_LOCAL, _PROXY = 0x20, 0x21
+
+
+class ProxyError(Exception):
+    """No header came that could be believed."""
+
+
+class Addresses:
+    """The two ends of a connection, as the header or the kernel tells them."""
+
+    __slots__ = ("local_ip", "local_port", "remote_ip", "remote_port")
+
+    def __init__(self, remote_ip: str, remote_port: int, local_ip: str, local_port: int) -> None:
+        self.remote_ip = remote_ip
+        self.remote_port = remote_port
+        self.local_ip = local_ip
+        self.local_port = local_port
+
+
+class Peers:
+    """The addresses and networks that PROXY headers are believed from: `192.0.2.1,2001:db8::/32`."""
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError where the text is no such list."""
+        self._networks = [ipaddress.ip_network(word.strip()) for word in text.split(",")]
+
+    def __contains__(self, ip: str) -> bool:
+        address = ipaddress.ip_address(ip)
+        return any(address in network for network in self._networks)
+
+
+def read_header(connection: socket.socket, seconds: float) -> Addresses | None:
+    """Take the header off the connection: the addresses in it, or None where it tells none.
+
+    Reads not an octet more than the header; raises ProxyError, also where it takes longer than
+    `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    start = _peek(connection, len(_START_V1), deadline)
+    if start.startswith(_START_V1):
+        return _read_v1(connection, deadline)
+    if start.startswith(_SIGNATURE[: len(_START_V1)]):
+        return _read_v2(connection, deadline)
+    raise ProxyError("no PROXY header")
+
+
+def _peek(connection: socket.socket, least: int, deadline: float) -> bytes:
+    """The next octets, left where they are: at least that many; raises ProxyError."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            raise ProxyError("no whole PROXY header in time")
+        data = connection.recv(4096, socket.MSG_PEEK)
+        if not data:
+            raise ProxyError("hung up")
+        if len(data) >= least:
+            return data
+        time.sleep(0.005)  # poll would tell of the octets that are there at once
+
+
+def _read_v1(connection: socket.socket, deadline: float) -> Addresses | None:
+    data, seen = b"", 0
+    while b"\r\n" not in data[:_LONGEST_V1]:
+        if len(data) >= _LONGEST_V1:
+            raise ProxyError("PROXY header too long")
+        data = _peek(connection, seen + 1, deadline)
+        seen = len(data)
+    line = data[: data.index(b"\r\n")]
+    connection.recv(len(line) + 2)
+    words = line.decode("latin-1").split(" ")
+    if words[1] == "UNKNOWN":
+        return None
+    try:
+        family, source, destination, source_port, destination_port = words[1:]
+        if family not in ("TCP4", "TCP6"):
+            raise ValueError
+        return _addresses(source, int(source_port), destination, int(destination_port))
+    except ValueError:
+        raise ProxyError("broken PROXY header") from None
+
+
+def _read_v2(connection: socket.socket, deadline: float) -> Addresses | None:
+    start = _peek(connection, _HEADER_V2, deadline)
+    if not start.startswith(_SIGNATURE):
+        raise ProxyError("no PROXY header")
+    command, family = start[12], start[13]
+    length = int.from_bytes(start[14:16], "big")
+    if command not in (_LOCAL, _PROXY) or length > 2048:
+        raise ProxyError("broken PROXY header")
+    _peek(connection, _HEADER_V2 + length, deadline)
+    body = connection.recv(_HEADER_V2 + length)[_HEADER_V2:]
+    if command == _LOCAL or family not in (_TCP4, _TCP6):
+        return None
+    size = 4 if family == _TCP4 else 16
+    if length < 2 * size + 4:
+        raise ProxyError("broken PROXY header")
+    ports = body[2 * size : 2 * size + 4]
+    return _addresses(
+        str(ipaddress.ip_address(body[:size])),
+        int.from_bytes(ports[:2], "big"),
+        str(ipaddress.ip_address(body[size : 2 * size])),
+        int.from_bytes(ports[2:], "big"),
+    )
+
+
+def _addresses(source: str, source_port: int, destination: str, destination_port: int) -> Addresses:
+    """The addresses, each in its normal form; raises ValueError."""
+    if not (0 <= source_port <= 65535 and 0 <= destination_port <= 65535):
+        raise ValueError
+    source, destination = str(ipaddress.ip_address(source)), str(ipaddress.ip_address(destination))
+    return Addresses(source, source_port, destination, destination_port)

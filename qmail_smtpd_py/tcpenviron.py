@@ -1,0 +1,146 @@
+"""The environment that tcpserver gives its programs (tcp-environ(5)), and the look-ups behind it.
+
+What DNS and ident (RFC 1413) answer comes from strangers: a name or a user counts only if it is
+printable ASCII without blanks and of a sane length.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .proxyprotocol import Addresses
+
+_IDENT_PORT = 113
+_LONGEST_ANSWER = 1000
+
+
+class LookUps:
+    """What is asked about a client: its host name (-h), whether that name has its address too (-p),
+    and its ident answer (-r) within so many seconds (-t); `local_host` is tcpserver's -l.
+    """
+
+    __slots__ = ("_local_names", "host", "ident", "ident_seconds", "local_host", "paranoid")
+
+    def __init__(self) -> None:
+        self.host = True
+        self.paranoid = False
+        self.ident = True
+        self.ident_seconds = 26.0
+        self.local_host: bytes | None = None
+        self._local_names: dict[str, bytes | None] = {}
+
+    def remote_host(self, ip: str) -> bytes | None:
+        """The client's name in DNS, or None."""
+        name = _name_of(ip) if self.host else None
+        if name and self.paranoid and not _has_address(name, ip):
+            return None
+        return name
+
+    def local_name(self, ip: str) -> bytes | None:
+        """The server's own name: that of -l, or what DNS says, asked once for each address."""
+        if self.local_host is not None:
+            return self.local_host
+        if ip not in self._local_names:
+            self._local_names[ip] = _name_of(ip)
+        return self._local_names[ip]
+
+    def remote_info(self, ends: Addresses) -> bytes | None:
+        """The client's ident answer, or None."""
+        return ident(ends, self.ident_seconds) if self.ident else None
+
+
+def environment(
+    base: Mapping[bytes, bytes],
+    ends: Addresses,
+    local_host: bytes | None,
+    remote_host: bytes | None,
+    remote_info: bytes | None,
+) -> dict[bytes, bytes]:
+    """The environment for a connection: the base, and the variables of tcp-environ(5)."""
+    environ = dict(base)
+    environ[b"PROTO"] = b"TCP6" if ":" in ends.local_ip else b"TCP"
+    environ[b"TCPLOCALIP"] = ends.local_ip.encode()
+    environ[b"TCPLOCALPORT"] = b"%d" % ends.local_port
+    environ[b"TCPREMOTEIP"] = ends.remote_ip.encode()
+    environ[b"TCPREMOTEPORT"] = b"%d" % ends.remote_port
+    names = {
+        b"TCPLOCALHOST": local_host,
+        b"TCPREMOTEHOST": remote_host,
+        b"TCPREMOTEINFO": remote_info,
+    }
+    for name, value in names.items():
+        environ.pop(name, None)
+        if value is not None:
+            environ[name] = value
+    return environ
+
+
+def plain_ip(ip: str) -> str:
+    """An address without its zone, an IPv4 address in IPv6's clothes as what it is."""
+    ip = ip.partition("%")[0]
+    return ip[7:] if ip.startswith("::ffff:") and "." in ip else ip
+
+
+def _name_of(ip: str) -> bytes | None:
+    try:
+        name, _ = socket.getnameinfo((ip, 0), socket.NI_NAMEREQD | socket.NI_NUMERICSERV)
+    except (OSError, UnicodeError):
+        return None
+    return _sane(name.encode("ascii", "replace"), 255)
+
+
+def _has_address(name: bytes, ip: str) -> bool:
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return any(plain_ip(str(address[0])) == ip for *_, address in found)
+
+
+def _sane(text: bytes, longest: int) -> bytes | None:
+    printable = all(33 <= octet <= 126 for octet in text)
+    return text if text and printable and len(text) <= longest else None
+
+
+def ident(ends: Addresses, seconds: float) -> bytes | None:
+    """Ask the client's host who has the connection (RFC 1413); None where it does not say in time."""
+    deadline = time.monotonic() + seconds
+    family = socket.AF_INET6 if ":" in ends.remote_ip else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as asked:
+            asked.settimeout(seconds)
+            asked.bind((ends.local_ip, 0))
+            asked.connect((ends.remote_ip, _IDENT_PORT))
+            asked.sendall(b"%d , %d\r\n" % (ends.remote_port, ends.local_port))
+            return _parse_ident(_read_answer(asked, deadline))
+    except OSError:
+        return None
+
+
+def _read_answer(asked: socket.socket, deadline: float) -> bytes:
+    poll = select.poll()
+    poll.register(asked, select.POLLIN)
+    answer = b""
+    while b"\n" not in answer and len(answer) < _LONGEST_ANSWER:
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            return b""
+        piece = asked.recv(_LONGEST_ANSWER)
+        if not piece:
+            break
+        answer += piece
+    return answer
+
+
+def _parse_ident(answer: bytes) -> bytes | None:
+    """The user in `port , port : USERID : system : user`."""
+    fields = answer.partition(b"\n")[0].split(b":", 3)
+    if len(fields) < 4 or fields[1].strip() != b"USERID":
+        return None
+    return _sane(fields[3].strip(), 512)

@@ -1,0 +1,157 @@
+"""A worker: accepts a connection, finds out whose it is, and serves it as the program would.
+
+The same `serve` runs here as in the one-shot program, with an environment made anew for each
+connection.  Nothing else of a connection lives on: its session, descriptors and TLS state go with
+it, and what is kept (control files, TLS contexts, rules) comes from files that no client writes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+from .prefork import is_passing
+from .proxyprotocol import Addresses, ProxyError, read_header
+from .smtpd import serve
+from .tcpenviron import environment, plain_ip
+from .tcprules import RulesError
+from .wire import ConnectionLost, TimedOut
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from .prefork import Place
+    from .proxyprotocol import Peers
+    from .smtpd import Resources
+    from .tcpenviron import LookUps
+    from .tcprules import Rules
+
+PROXY_SECONDS = 10.0
+"""How long a load balancer may take to send its PROXY header."""
+
+
+class Service:
+    """What is served, and to whom; all of it is there before the first worker is forked."""
+
+    def __init__(
+        self,
+        environ: Mapping[bytes, bytes],
+        arguments: Sequence[bytes],
+        resources: Resources,
+        look_ups: LookUps,
+    ) -> None:
+        self.environ = environ
+        self.arguments = arguments
+        self.resources = resources
+        self.look_ups = look_ups
+        self.rules: Rules | None = None
+        self.proxies: Peers | None = None
+        self.banner = b""
+        self.keep_ip_options = False
+        self.limit = 40
+        self.verbose: Callable[[str], None] = _say_nothing
+        self.complain: Callable[[str], None] = _say_nothing
+
+
+def _say_nothing(line: str) -> None:
+    """Where that much is not to be told."""
+
+
+class Worker:
+    """The life of a worker: it ends after `most` connections or `oldest` seconds, or when it is not
+    wanted any more.
+    """
+
+    def __init__(
+        self, service: Service, listener: socket.socket, place: Place, most: int, oldest: float
+    ) -> None:
+        self._service = service
+        self._listener = listener
+        self._place = place
+        self._most = most
+        self._until = time.monotonic() + oldest
+        self._pid = os.getpid()
+
+    def run(self) -> None:
+        """Serve connections until it is time to end."""
+        served = 0
+        while served < self._most and self._place.is_wanted and time.monotonic() < self._until:
+            try:
+                connection, remote = self._listener.accept()
+            except BlockingIOError:  # nobody came for a while
+                if self._place.is_spare:
+                    return
+                continue
+            except OSError as error:
+                if not is_passing(error):
+                    return
+                self._service.complain(f"warning: cannot accept: {error.strerror}")
+                time.sleep(0.1)
+                continue
+            served += 1
+            self._place.busy()
+            try:
+                self._take(connection, remote)
+            finally:
+                self._place.idle()
+
+    def _take(self, connection: socket.socket, remote: tuple[str, int]) -> None:
+        """Serve an accepted connection, and tell of its start and its end."""
+        service = self._service
+        with connection:
+            try:
+                ends = self._ends(connection, remote)
+                service.verbose(f"status: {self._place.board.busy}/{service.limit}")
+                service.verbose(f"pid {self._pid} from {ends.remote_ip}")
+                environ = self._admit(connection, ends)
+            except (OSError, ProxyError, RulesError) as error:
+                service.complain(f"drop {self._pid}: {error}")
+                return
+            status = 100 if environ is None else self._serve(connection, environ)
+        service.verbose(f"end {self._pid} status {status << 8}")
+
+    def _serve(self, connection: socket.socket, environ: Mapping[bytes, bytes]) -> int:
+        service = self._service
+        descriptor = connection.fileno()
+        try:
+            return serve(descriptor, descriptor, environ, service.arguments, service.resources)
+        except (ConnectionLost, TimedOut):
+            return 1
+
+    def _ends(self, connection: socket.socket, remote: tuple[str, int]) -> Addresses:
+        """Who is at the two ends; raises OSError, or ProxyError where a listed peer does not say."""
+        remote_ip, remote_port = remote[:2]
+        local_ip, local_port = connection.getsockname()[:2]
+        ends = Addresses(plain_ip(remote_ip), remote_port, plain_ip(local_ip), local_port)
+        if self._service.proxies is not None and ends.remote_ip in self._service.proxies:
+            return read_header(connection, PROXY_SECONDS) or ends
+        return ends
+
+    def _admit(self, connection: socket.socket, ends: Addresses) -> dict[bytes, bytes] | None:
+        """The environment for the connection, or None if the rules turn it away."""
+        service = self._service
+        if not service.keep_ip_options and ":" not in ends.local_ip:
+            connection.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"")
+        if service.banner:
+            connection.sendall(service.banner)
+        look_ups = service.look_ups
+        local_host = look_ups.local_name(ends.local_ip)
+        host = look_ups.remote_host(ends.remote_ip)
+        info = look_ups.remote_info(ends)
+        environ = environment(service.environ, ends, local_host, host, info)
+        rules = service.rules
+        variables = rules.find(ends.remote_ip.encode(), host, info) if rules else {}
+        names = [_text(local_host), ends.local_ip, str(ends.local_port)]
+        names += [_text(host), ends.remote_ip, _text(info), str(ends.remote_port)]
+        verdict = "deny" if variables is None else "ok"
+        service.verbose(f"{verdict} {self._pid} {':'.join(names[:3])} {':'.join(names[3:])}")
+        if variables is None:
+            return None
+        environ.update(variables)
+        return environ
+
+
+def _text(name: bytes | None) -> str:
+    return "" if name is None else name.decode("ascii", "replace")
