@@ -5,7 +5,7 @@ default; one that is there and can not be read is a ControlError, which says who
 read what: to go on without it could mean an open relay.
 
 `ControlFiles` reads anew each time.  What lives longer than a connection uses `CachedControlFiles`,
-which looks at a file's stat(2) each time and reads it again where that has changed.
+which looks at each file's stat(2) once a connection and reads it again where that has changed.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def entries(text: bytes | None) -> list[bytes] | None:
 class ControlFiles:
     """The control files of the qmail home that is the current directory."""
 
+    def refresh(self) -> None:
+        """A connection begins: from now on files are as they are now."""
+
     def load(self, name: str, parse: Callable[[bytes | None], Parsed]) -> Parsed:
         """What `parse` makes of the file, or of None if there is none; raises ControlError."""
         descriptor = self.open(name)
@@ -76,27 +79,55 @@ class ControlFiles:
         except OSError as error:
             raise unusable(name, error) from None
 
+    def is_readable(self, name: str) -> bool:
+        """Whether there is such a file, whatever it is; raises ControlError where this user can not
+        read it.
+        """
+        descriptor = self.open(name)
+        if descriptor is None:
+            return False
+        os.close(descriptor)
+        return True
+
     def exists(self, name: str) -> bool:
         """Whether there is such a file, readable or not."""
         return os.path.exists(DIRECTORY + name)
 
 
 class CachedControlFiles(ControlFiles):
-    """The same, for a process that serves many connections: a file that did not change is not read
-    again.  Callers must not change what they are given.
+    """The same, for a process that serves many connections: what was read is kept until `refresh`
+    finds the file changed.  Callers must not change what they are given.
     """
 
     def __init__(self) -> None:
-        self._values: dict[tuple[str, object], tuple[Signature | None, object]] = {}
+        self._signatures: dict[str, Signature | None] = {}
+        self._values: dict[tuple[str, object], object] = {}
+
+    def refresh(self) -> None:
+        """Forget what was read of files that have changed since."""
+        for name, known in list(self._signatures.items()):
+            if signature(DIRECTORY + name) != known:
+                del self._signatures[name]
+                self._values = {key: self._values[key] for key in self._values if key[0] != name}
 
     def load(self, name: str, parse: Callable[[bytes | None], Parsed]) -> Parsed:
-        seen = signature(DIRECTORY + name)  # before it is read: a change in between shows next time
-        cached = self._values.get((name, parse))
-        if cached is not None and cached[0] == seen:
-            return cached[1]  # type: ignore[return-value]
-        value = super().load(name, parse)
-        self._values[name, parse] = seen, value
-        return value
+        value = self._values.get((name, parse), self)
+        if value is self:  # nothing is there
+            self._note(name)
+            value = self._values[name, parse] = super().load(name, parse)
+        return value  # type: ignore[return-value]
+
+    def is_readable(self, name: str) -> bool:
+        value = self._values.get((name, "is_readable"))
+        if value is None:
+            self._note(name)
+            value = self._values[name, "is_readable"] = super().is_readable(name)
+        return bool(value)
+
+    def _note(self, name: str) -> None:
+        # Before it is read: a change in between shows at the next refresh.
+        if name not in self._signatures:
+            self._signatures[name] = signature(DIRECTORY + name)
 
 
 def signature(path: str) -> Signature | None:

@@ -194,7 +194,8 @@ class Listener:
         )
         pool.predecessors.update(self._predecessors)
         wake = self._catch_signals()
-        self._verbose(f"status: 0/{options.limit}")
+        if service.is_verbose:
+            _complain(f"status: 0/{options.limit}")
         while True:
             self._heed_signals(pool)
             pool.maintain()
@@ -214,24 +215,18 @@ class Listener:
         service.banner = os.fsencode(options.banner)
         service.keep_ip_options = options.keep_ip_options
         service.limit = options.limit
-        service.verbose = self._verbose
-        service.complain = _complain if options.verbosity else service.complain
-        home = environ.get(b"QMAILHOME") or HOME
+        service.is_verbose = options.verbosity > 1
+        service.complain = _complain if options.verbosity else lambda line: None
         try:
-            os.chdir(home)
-        except OSError as error:
-            why = f"cannot change to {os.fsdecode(home)}: {error.strerror} (uid {os.geteuid()})"
-            raise UsageError(why) from None
+            resources.go_home(environ.get(b"QMAILHOME") or HOME)
+        except ControlError as error:
+            raise UsageError(str(error)) from None
         return service
 
     def _work(self, service: Service, place: Place) -> None:
         """What a worker does."""
         options = self._options
         Worker(service, self._socket, place, options.max_use, options.max_age).run()
-
-    def _verbose(self, line: str) -> None:
-        if self._options.verbosity > 1:
-            _complain(line)
 
     # Signals
 
@@ -303,6 +298,7 @@ class Listener:
 
 def _preload(service: Service) -> None:
     """Have control files and TLS contexts as they are now in memory, for the next fork to share."""
+    service.resources.files.refresh()
     try:
         server = Server(service.environ, service.arguments, service.resources)
         try:

@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 DESCRIPTOR = 2
 
 _VALUE_LIMIT = 1200
-_PLAIN = frozenset(
-    b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:_-<>[],!#&*~?"
-)
-_PRINTABLE = frozenset(range(32, 127))
-_QUOTABLE = _PRINTABLE - frozenset(b'"\\')
+_PLAIN = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:_-<>[],!#&*~?"
+_PRINTABLE = bytes(range(32, 127))
+_QUOTABLE = _PRINTABLE.translate(None, b'"\\')
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 
 
@@ -80,7 +78,7 @@ def _octets(value: object) -> bytes:
 
 def _escape(value: bytes) -> bytes:
     cut = value[:_VALUE_LIMIT]
-    if cut and _PLAIN.issuperset(cut):
+    if cut and not cut.translate(None, _PLAIN):
         escaped = cut
     else:
         octets = (b"%c" % octet if octet in _QUOTABLE else b"\\x%02x" % octet for octet in cut)

@@ -36,7 +36,7 @@ TIMEOUT = 1200
 """Seconds of silence after which a client is given up, where control/timeoutsmtpd says nothing."""
 
 _LARGEST_DATABYTES = 4294967294  # netqmail keeps it in 32 bits, and one less is its limit
-_LONGEST_TIMEOUT = 1 << 31
+_LONGEST_TIMEOUT = 2_000_000  # seconds; what poll(2) takes, in milliseconds
 
 
 class Resources:
@@ -44,11 +44,23 @@ class Resources:
     there is more than one connection, TLS contexts.
     """
 
-    __slots__ = ("contexts", "files")
+    __slots__ = ("_home", "contexts", "files")
 
     def __init__(self, files: ControlFiles, contexts: CachedContexts | None = None) -> None:
         self.files = files
         self.contexts = contexts
+        self._home: bytes | None = None
+
+    def go_home(self, home: bytes) -> None:
+        """Make the qmail home the current directory; raises ControlError."""
+        if home == self._home:
+            return
+        try:
+            os.chdir(home)
+        except OSError as error:
+            why = f"cannot change to {os.fsdecode(home)}: {error.strerror} (uid {os.geteuid()})"
+            raise ControlError(why) from None
+        self._home = home
 
 
 class Server(Effects):
@@ -145,14 +157,10 @@ class Server(Effects):
 
     def offers_tls(self) -> bool:
         try:
-            descriptor = self._files.open("servercert.pem")
+            return self._files.is_readable("servercert.pem")
         except ControlError as error:
             self.log("error", {"why": f"STARTTLS not offered: {error}"})
             return False
-        if descriptor is None:
-            return False
-        os.close(descriptor)
-        return True
 
     def prepare_tls(self) -> Reply | None:
         chosen = self._environ.get(b"TLSCIPHERS")
@@ -247,7 +255,7 @@ def serve(
     wire = Wire(read_fd, write_fd, TIMEOUT)
     server = None
     try:
-        _go_home(environ.get(b"QMAILHOME") or HOME)
+        resources.go_home(environ.get(b"QMAILHOME") or HOME)
         server = Server(environ, arguments, resources)
         wire.timeout = server.timeout
         return _converse(wire, server, smtps=b"SMTPS" in environ)
@@ -260,14 +268,6 @@ def serve(
         wire.close()
         if server:
             server.close()
-
-
-def _go_home(home: bytes) -> None:
-    try:
-        os.chdir(home)
-    except OSError as error:
-        why = f"cannot change to {os.fsdecode(home)}: {error.strerror} (uid {os.geteuid()})"
-        raise ControlError(why) from None
 
 
 def _converse(wire: Wire, server: Server, smtps: bool) -> int:

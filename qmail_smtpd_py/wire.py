@@ -36,27 +36,26 @@ class Wire:
         self._tls: Channel | None = None
         self._readable = select.poll()
         self._readable.register(read_fd, select.POLLIN)
-        self._writable = select.poll()
-        self._writable.register(write_fd, select.POLLOUT)
         # Or a write could wait for a client that reads nothing.
         self._was_blocking = os.get_blocking(write_fd)
-        os.set_blocking(write_fd, False)
+        if self._was_blocking:
+            os.set_blocking(write_fd, False)
 
     def read(self) -> bytes:
         """The next octets, at least one; raises TimedOut or ConnectionLost."""
-        deadline = self._deadline()
         if self._tls is None:
-            return self._receive(deadline)
+            return self._receive(self.timeout)
+        deadline = self._deadline()
         while not (data := self._tls.read()):
             if self._tls.ended:
                 raise ConnectionLost(self._tls.ended)
-            self._tls.feed(self._receive(deadline))
+            self._tls.feed(self._receive(deadline - time.monotonic()))
         return data
 
     def write(self, data: bytes) -> None:
         """Send the octets; raises TimedOut or ConnectionLost."""
         if data:
-            self._send(self._tls.write(data) if self._tls else data, self._deadline())
+            self._send(self._tls.write(data) if self._tls else data)
 
     def start_tls(self, channel: Channel) -> None:
         """Make the handshake; raises TimedOut, ConnectionLost or what the channel raises.
@@ -70,16 +69,16 @@ class Wire:
             try:
                 done = channel.handshake()
             finally:
-                self._send(channel.pending(), deadline)
+                self._send(channel.pending())
             if done:
                 return
-            channel.feed(self._receive(deadline))
+            channel.feed(self._receive(deadline - time.monotonic()))
 
     def close(self) -> None:
         """End TLS, if it is on, with a close_notify; leave the descriptors as they were."""
         if self._tls is not None:
             try:
-                self._send(self._tls.close(), self._deadline())
+                self._send(self._tls.close())
             except (TimedOut, ConnectionLost):
                 pass  # that is what we are here for
         if self._was_blocking:
@@ -88,9 +87,11 @@ class Wire:
     def _deadline(self) -> float:
         return time.monotonic() + self.timeout
 
-    def _receive(self, deadline: float) -> bytes:
+    def _receive(self, seconds: float) -> bytes:
+        """What comes within so many seconds."""
         while True:
-            _wait(self._readable, deadline)
+            if seconds < 0 or not self._readable.poll(seconds * 1000):
+                raise TimedOut
             try:
                 data = os.read(self._read_fd, PIECE)
             except BlockingIOError:
@@ -101,14 +102,23 @@ class Wire:
                 raise ConnectionLost("hung up")
             return data
 
-    def _send(self, data: bytes, deadline: float) -> None:
+    def _send(self, data: bytes) -> None:
+        """Write all of it; without a wait where the client reads what it is sent."""
+        deadline = None
         while data:
             try:
                 data = data[os.write(self._write_fd, data) :]
             except BlockingIOError:
-                _wait(self._writable, deadline)
+                deadline = deadline or self._deadline()
+                self._wait_to_write(deadline - time.monotonic())
             except OSError as error:
                 raise ConnectionLost(error.strerror) from None
+
+    def _wait_to_write(self, seconds: float) -> None:
+        writable = select.poll()
+        writable.register(self._write_fd, select.POLLOUT)
+        if seconds < 0 or not writable.poll(seconds * 1000):
+            raise TimedOut
 
     def _no_delay(self) -> None:
         """Let TLS records leave at once; without it each exchange stalls for 40 ms (tcp(7))."""
@@ -119,10 +129,3 @@ class Wire:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError:
             pass  # not TCP
-
-
-def _wait(poll: select.poll, deadline: float) -> None:
-    """Wait for a descriptor; raises TimedOut at the deadline."""
-    milliseconds = (deadline - time.monotonic()) * 1000
-    if not poll.poll(max(0, min(milliseconds, 0x7FFFFFFF))):
-        raise TimedOut

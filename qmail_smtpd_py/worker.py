@@ -51,12 +51,8 @@ class Service:
         self.banner = b""
         self.keep_ip_options = False
         self.limit = 40
-        self.verbose: Callable[[str], None] = _say_nothing
-        self.complain: Callable[[str], None] = _say_nothing
-
-
-def _say_nothing(line: str) -> None:
-    """Where that much is not to be told."""
+        self.is_verbose = False
+        self.complain: Callable[[str], None] = print
 
 
 class Worker:
@@ -101,16 +97,20 @@ class Worker:
         """Serve an accepted connection, and tell of its start and its end."""
         service = self._service
         with connection:
+            connection.setblocking(False)
+            service.resources.files.refresh()
             try:
                 ends = self._ends(connection, remote)
-                service.verbose(f"status: {self._place.board.busy}/{service.limit}")
-                service.verbose(f"pid {self._pid} from {ends.remote_ip}")
+                if service.is_verbose:
+                    service.complain(f"status: {self._place.board.busy}/{service.limit}")
+                    service.complain(f"pid {self._pid} from {ends.remote_ip}")
                 environ = self._admit(connection, ends)
             except (OSError, ProxyError, RulesError) as error:
                 service.complain(f"drop {self._pid}: {error}")
                 return
             status = 100 if environ is None else self._serve(connection, environ)
-        service.verbose(f"end {self._pid} status {status << 8}")
+        if service.is_verbose:
+            service.complain(f"end {self._pid} status {status << 8}")
 
     def _serve(self, connection: socket.socket, environ: Mapping[bytes, bytes]) -> int:
         service = self._service
@@ -135,7 +135,7 @@ class Worker:
         if not service.keep_ip_options and ":" not in ends.local_ip:
             connection.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"")
         if service.banner:
-            connection.sendall(service.banner)
+            connection.send(service.banner)
         look_ups = service.look_ups
         local_host = look_ups.local_name(ends.local_ip)
         host = look_ups.remote_host(ends.remote_ip)
@@ -143,10 +143,11 @@ class Worker:
         environ = environment(service.environ, ends, local_host, host, info)
         rules = service.rules
         variables = rules.find(ends.remote_ip.encode(), host, info) if rules else {}
-        names = [_text(local_host), ends.local_ip, str(ends.local_port)]
-        names += [_text(host), ends.remote_ip, _text(info), str(ends.remote_port)]
-        verdict = "deny" if variables is None else "ok"
-        service.verbose(f"{verdict} {self._pid} {':'.join(names[:3])} {':'.join(names[3:])}")
+        if service.is_verbose:
+            verdict = "deny" if variables is None else "ok"
+            local = f"{_text(local_host)}:{ends.local_ip}:{ends.local_port}"
+            remote = f"{_text(host)}:{ends.remote_ip}:{_text(info)}:{ends.remote_port}"
+            service.complain(f"{verdict} {self._pid} {local} {remote}")
         if variables is None:
             return None
         environ.update(variables)
