@@ -12,7 +12,6 @@ import getopt
 import os
 import signal
 import socket
-import struct
 import sys
 import time
 
@@ -44,7 +43,6 @@ _LONG = (
     "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=", "proxy-from=",
 )  # fmt: skip
 
-_IDLE_SECONDS = 5  # after which a waiting worker looks around
 _FDS_START = 3  # sd_listen_fds(3)
 _INHERITED = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor and process ids
 
@@ -157,8 +155,7 @@ class Listener:
         self._owns_socket = True
         self._socket = self._inherit() or _bind(options)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, options.no_delay)
-        wait = struct.pack("ll", _IDLE_SECONDS, 0)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+        self._socket.setblocking(False)
         self._stop_at: float | None = None
         self._signals: list[int] = []
 
@@ -268,7 +265,7 @@ class Listener:
         pool.board.stop()
         if self._owns_socket:
             try:
-                self._socket.shutdown(socket.SHUT_RDWR)  # wakes whoever waits in accept
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it
             except OSError:
                 pass  # done before
 

@@ -16,7 +16,6 @@ A worker that crashes is replaced; where they crash one after the other, later a
 
 from __future__ import annotations
 
-import errno
 import gc
 import mmap
 import os
@@ -277,8 +276,3 @@ class Pool:
 
 def _leave_to_parent(number: int, frame: object) -> None:
     """A signal that a terminal sends to the whole process group."""
-
-
-def is_passing(error: OSError) -> bool:
-    """Whether accept(2) failed for one connection only, and the next may be fine."""
-    return error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSOCK)

@@ -7,11 +7,12 @@ it, and what is kept (control files, TLS contexts, rules) comes from files that 
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import socket
 import time
 
-from .prefork import is_passing
 from .proxyprotocol import Addresses, ProxyError, read_header
 from .smtpd import serve
 from .tcpenviron import environment, plain_ip
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from .smtpd import Resources
     from .tcpenviron import LookUps
     from .tcprules import Rules
+
+IDLE_SECONDS = 5.0
+"""How long a worker waits for a connection before it looks whether it is still wanted."""
 
 PROXY_SECONDS = 10.0
 """How long a load balancer may take to send its PROXY header."""
@@ -58,6 +62,9 @@ class Service:
 class Worker:
     """The life of a worker: it ends after `most` connections or `oldest` seconds, or when it is not
     wanted any more.
+
+    It waits by epoll(7), not in accept(2): there the kernel wakes whoever waits longest, here always
+    the same one of those that wait, so that few workers do most of the work and stay warm.
     """
 
     def __init__(
@@ -73,25 +80,27 @@ class Worker:
     def run(self) -> None:
         """Serve connections until it is time to end."""
         served = 0
-        while served < self._most and self._place.is_wanted and time.monotonic() < self._until:
-            try:
-                connection, remote = self._listener.accept()
-            except BlockingIOError:  # nobody came for a while
-                if self._place.is_spare:
+        with select.epoll() as incoming:
+            incoming.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            while served < self._most and self._place.is_wanted and time.monotonic() < self._until:
+                if not incoming.poll(IDLE_SECONDS) and self._place.is_spare:
                     return
-                continue
-            except OSError as error:
-                if not is_passing(error):
-                    return
-                self._service.complain(f"warning: cannot accept: {error.strerror}")
-                time.sleep(0.1)
-                continue
-            served += 1
-            self._place.busy()
-            try:
-                self._take(connection, remote)
-            finally:
-                self._place.idle()
+                try:
+                    connection, remote = self._listener.accept()
+                except BlockingIOError:  # nobody came, or another worker was faster
+                    continue
+                except OSError as error:
+                    if error.errno == errno.EINVAL:  # the parent has shut the socket down
+                        return
+                    self._service.complain(f"warning: cannot accept: {error.strerror}")
+                    time.sleep(0.1)
+                    continue
+                served += 1
+                self._place.busy()
+                try:
+                    self._take(connection, remote)
+                finally:
+                    self._place.idle()
 
     def _take(self, connection: socket.socket, remote: tuple[str, int]) -> None:
         """Serve an accepted connection, and tell of its start and its end."""
