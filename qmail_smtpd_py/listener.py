@@ -12,6 +12,7 @@ import getopt
 import os
 import signal
 import socket
+import stat
 import sys
 import time
 
@@ -23,7 +24,7 @@ from .proxyprotocol import Peers
 from .smtpd import HOME, Resources, Server, environment
 from .tcpenviron import LookUps
 from .tcprules import Rules
-from .worker import Service, Worker
+from .worker import Helper, Service, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ NAME = "qmail-smtpd-listen"
 
 USAGE = f"""\
 usage: {NAME} [tcpserver's options] [our options] host port [checkprogram subprogram ...]
+       {NAME} [-v] [-c n] [-g gid] [-u uid] [our options] --helper=SOCKET
 tcpserver's options: -1dDhHoOpPqQrRUvX -b n -B banner -c n -g gid -l localname -t n -u uid -x cdb
 our options: --daemon --pid-file=FILE --log-file=FILE --max-use=N --max-age=SECONDS
              --idle=N --drain=SECONDS --proxy-from=ADDRESSES
@@ -40,7 +42,7 @@ our options: --daemon --pid-file=FILE --log-file=FILE --max-use=N --max-age=SECO
 
 _SHORT = "1b:B:c:dDg:hHl:oOpPqQrRt:u:UvVx:X"
 _LONG = (
-    "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=", "proxy-from=",
+    "helper=", "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=", "proxy-from=",
 )  # fmt: skip
 
 _FDS_START = 3  # sd_listen_fds(3)
@@ -66,6 +68,9 @@ class Options:
         self.rules: Rules | None = None
         self.uid: int | None = None
         self.gid: int | None = None
+        self.helper: str | None = None
+        self.host = self.port = ""
+        self.arguments: list[str] = []
         self.daemon = False
         self.pid_file: str | None = None
         self.log_file: str | None = None
@@ -85,7 +90,10 @@ class Options:
                 else:
                     self._take(flag, value)
             self.rules = Rules(rules, optional) if rules else None
-            self.host, self.port, *self.arguments = rest
+            if self.helper:
+                self.arguments = rest
+            else:
+                self.host, self.port, *self.arguments = rest
         except getopt.GetoptError as error:
             raise UsageError(str(error)) from None
         except ValueError as error:
@@ -116,6 +124,7 @@ class Options:
             "-c": ("limit", _positive),
             "-g": ("gid", int),
             "-u": ("uid", int),
+            "--helper": ("helper", str),
             "--pid-file": ("pid_file", str),
             "--log-file": ("log_file", str),
             "--max-use": ("max_use", _positive),
@@ -153,8 +162,9 @@ class Listener:
         self._options = options
         self._predecessors: list[int] = []
         self._owns_socket = True
-        self._socket = self._inherit() or _bind(options)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, options.no_delay)
+        self._socket = self._inherit() or (_bind_helper if options.helper else _bind)(options)
+        if not options.helper:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, options.no_delay)
         self._socket.setblocking(False)
         self._stop_at: float | None = None
         self._signals: list[int] = []
@@ -223,7 +233,8 @@ class Listener:
     def _work(self, service: Service, place: Place) -> None:
         """What a worker does."""
         options = self._options
-        Worker(service, self._socket, place, options.max_use, options.max_age).run()
+        kind = Helper if options.helper else Worker
+        kind(service, self._socket, place, options.max_use, options.max_age).run()
 
     # Signals
 
@@ -324,6 +335,32 @@ def _bind(options: Options) -> socket.socket:
         where = f"{options.host} port {options.port}"
         raise UsageError(f"cannot listen on {where}: {error.strerror}") from None
     return listener
+
+
+def _bind_helper(options: Options) -> socket.socket:
+    """A UNIX socket that only -u's processes can connect to; raises UsageError."""
+    path = options.helper
+    assert path
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+        helper = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            helper.bind(path)
+        finally:
+            os.umask(before)
+        if options.uid is not None or options.gid is not None:
+            keep = -1
+            os.chown(
+                path,
+                keep if options.uid is None else options.uid,
+                keep if options.gid is None else options.gid,
+            )
+        helper.listen(options.backlog)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {path}: {error.strerror}") from None
+    return helper
 
 
 def _drop_privileges(options: Options) -> None:

@@ -24,9 +24,10 @@ from .wire import ConnectionLost, TimedOut, Wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from .effects import Delivery
+    from .handover import Offer
     from .reply import Reply
     from .sasl import Credentials
     from .tls import CachedContexts, Channel, Context
@@ -87,6 +88,8 @@ class Server(Effects):
         self._bad_mail_from = BadMailFrom(files)
         self._rcpt_hosts = RcptHosts(files)
         self._ciphers: list[bytes] = []
+        self.is_smtps = b"SMTPS" in environ
+        self._offer: Offer | None = None
         self._context: Context | None = None
         self._channel: Channel | None = None
 
@@ -163,6 +166,8 @@ class Server(Effects):
             return False
 
     def prepare_tls(self) -> Reply | None:
+        if self._finds_helper():
+            return None
         chosen = self._environ.get(b"TLSCIPHERS")
         self._ciphers = [chosen] if chosen else self._files.list("tlsserverciphers") or []
         try:
@@ -186,8 +191,24 @@ class Server(Effects):
         if self._contexts and self.offers_tls():
             self.prepare_tls()
 
+    def _finds_helper(self) -> bool:
+        """Whether a helper is there that will serve the session from the handshake on."""
+        path = self._environ.get(b"TLSHELPER")
+        if not path or self._contexts:
+            return False
+        from . import handover
+
+        try:
+            self._offer = handover.offer(path, (0, 1, 2), self._arguments, self._environ)
+        except handover.HandoverError as error:
+            why = f"no help from {os.fsdecode(path)}: {error}; doing TLS ourselves"
+            self.log("error", {"why": why})
+        return self._offer is not None
+
     def start_tls(self, wire: Wire) -> bytes:
-        """Make the handshake; the name of the cipher.  Raises ConnectionLost."""
+        """Make the handshake; the name of the cipher.  Raises ConnectionLost, or HandedOver."""
+        if self._offer:
+            raise HandedOver(self._offer.complete())
         try:
             from . import tls
 
@@ -246,11 +267,13 @@ def serve(
     environ: Mapping[bytes, bytes],
     arguments: Sequence[bytes],
     resources: Resources,
+    may_begin: Callable[[], bool] | None = None,
 ) -> int:
     """Serve one connection; the exit status: 0 after QUIT, 1 in every other case.
 
     `arguments` are the check program and its own arguments; `environ` is that of tcp-environ(5),
-    with the variables of qmail-smtpd(8).
+    with the variables of qmail-smtpd(8).  A connection that was handed over for TLS has `may_begin`:
+    it is called when the handshake could begin, and says whether it may.
     """
     wire = Wire(read_fd, write_fd, TIMEOUT)
     server = None
@@ -258,11 +281,14 @@ def serve(
         resources.go_home(environ.get(b"QMAILHOME") or HOME)
         server = Server(environ, arguments, resources)
         wire.timeout = server.timeout
-        return _converse(wire, server, smtps=b"SMTPS" in environ)
+        return _converse(wire, server, may_begin)
+    except HandedOver as handed_over:
+        return handed_over.exit_status
     except ControlError as error:
         ip = environ.get(b"TCPREMOTEIP", b"unknown")
         log.write("error", {"ip": ip, "why": str(error)})
-        wire.write(reply.CONTROLS_UNREADABLE.render())
+        if not may_begin:
+            wire.write(reply.CONTROLS_UNREADABLE.render())
         return 1
     finally:
         wire.close()
@@ -270,13 +296,22 @@ def serve(
             server.close()
 
 
-def _converse(wire: Wire, server: Server, smtps: bool) -> int:
+class HandedOver(Exception):
+    """The helper has served the rest of the session, and this is the exit status."""
+
+    def __init__(self, exit_status: int) -> None:
+        super().__init__()
+        self.exit_status = exit_status
+
+
+def _converse(wire: Wire, server: Server, may_begin: Callable[[], bool] | None) -> int:
     """Run the session to its end, whatever that is; the exit status."""
     connection = server.connection
-    server.log("connect", {"host": connection.remote_host, "local": connection.local})
+    if not may_begin:
+        server.log("connect", {"host": connection.remote_host, "local": connection.local})
     session = Session(connection, server.settings, server)
     try:
-        why = _dialogue(wire, server, session, smtps)
+        why = _dialogue(wire, server, session, may_begin)
     except TimedOut:
         why = "timeout"
     except ConnectionLost as error:
@@ -287,15 +322,19 @@ def _converse(wire: Wire, server: Server, smtps: bool) -> int:
     return session.exit_status
 
 
-def _dialogue(wire: Wire, server: Server, session: Session, smtps: bool) -> str:
+def _dialogue(
+    wire: Wire, server: Server, session: Session, may_begin: Callable[[], bool] | None
+) -> str:
     """Take turns with the client until the session is closed; why it was."""
-    if smtps:
+    if server.is_smtps or may_begin:
         refusal = server.prepare_tls()
-        if refusal:
+        if refusal and not may_begin:
             wire.write(refusal.render())
+        if refusal or (may_begin and not may_begin()):
             return "no TLS"
         session.tls_started(server.start_tls(wire))
-    wire.write(session.greet())
+    if server.is_smtps or not may_begin:
+        wire.write(session.greet())
     while session.state != CLOSED:
         if session.state == TLS_HANDSHAKE:
             session.tls_started(server.start_tls(wire))

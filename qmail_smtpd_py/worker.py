@@ -8,11 +8,14 @@ it, and what is kept (control files, TLS contexts, rules) comes from files that 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import select
 import socket
 import time
 
+from . import handover
+from .handover import HandoverError
 from .proxyprotocol import Addresses, ProxyError, read_header
 from .smtpd import serve
 from .tcpenviron import environment, plain_ip
@@ -161,6 +164,48 @@ class Worker:
             return None
         environ.update(variables)
         return environ
+
+
+class Helper(Worker):
+    """A worker whose connections come from programs under tcpserver, handed over for TLS."""
+
+    def _take(self, connection: socket.socket, remote: tuple[str, int]) -> None:
+        service = self._service
+        connection.setblocking(True)
+        service.resources.files.refresh()
+        with connection:
+            try:
+                descriptors, arguments, environ = handover.take(connection)
+            except HandoverError as error:
+                service.complain(f"drop {self._pid}: {error}")
+                return
+            status = self._serve_handed_over(connection, descriptors, arguments, environ)
+            try:
+                connection.sendall(bytes([status]))
+            except OSError:
+                pass  # the program was killed; the session is over all the same
+
+    def _serve_handed_over(
+        self,
+        connection: socket.socket,
+        descriptors: Sequence[int],
+        arguments: Sequence[bytes],
+        environ: Mapping[bytes, bytes],
+    ) -> int:
+        """Serve the session; its log lines go where the program's go."""
+        read_fd, write_fd, log_fd = descriptors
+        ours = os.dup(2)
+        os.dup2(log_fd, 2)
+        try:
+            resources = self._service.resources
+            begin = functools.partial(handover.may_begin, connection)
+            return serve(read_fd, write_fd, environ, arguments, resources, begin)
+        except (ConnectionLost, TimedOut):
+            return 1
+        finally:
+            os.dup2(ours, 2)
+            for descriptor in (*descriptors, ours):
+                os.close(descriptor)
 
 
 def _text(name: bytes | None) -> str:

@@ -1,0 +1,155 @@
+"""The warm helper: hand a connection over at STARTTLS to a process that has TLS loaded already.
+
+For hosts that keep tcpserver.  The program that tcpserver started connects to the helper's UNIX
+socket and sends, in one message, its descriptors 0, 1 and 2, its arguments and its environment.
+STARTTLS forgets the rest of the session, so that nothing else is needed.  Then:
+
+    helper    +   TLS can begin      (or ends the connection: the program does TLS itself)
+    program   !   220 was sent: go   (or ends the connection: never mind)
+    helper    N   one octet: the exit status of the session, for the program to end with
+
+The program stays until then, so that tcpserver's -c counts the connection.  Either end talks only
+to its own user id (SO_PEERCRED, unix(7)).
+
+The C module _socket is used here, as the module socket takes longer to import than all the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from _socket import (
+    AF_UNIX,
+    CMSG_SPACE,
+    SCM_RIGHTS,
+    SO_PEERCRED,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    socket,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+READY, GO = b"+", b"!"
+
+PATIENCE = 5.0
+"""Seconds that the helper may take to answer before the program does TLS itself."""
+
+_LENGTH = 4  # octets of the number before the text
+_LONGEST = 1 << 22  # octets of environment and arguments; Linux takes 2 MiB at most
+_INT = 4  # octets of a C int
+_CREDENTIALS = 12  # octets of struct ucred: pid, uid, gid
+
+
+class HandoverError(Exception):
+    """The other end is not there, not ours, or says no; the text says which."""
+
+
+def offer(
+    path: bytes,
+    descriptors: Sequence[int],
+    arguments: Sequence[bytes],
+    environ: Mapping[bytes, bytes],
+) -> Offer:
+    """Offer the connection to the helper at a path; raises HandoverError unless it takes it."""
+    helper = socket(AF_UNIX, SOCK_STREAM)
+    try:
+        helper.settimeout(PATIENCE)
+        helper.connect(path)
+        check_peer(helper)
+        text = pack(arguments, environ)
+        rights = b"".join(number.to_bytes(_INT, "little") for number in descriptors)
+        sent = helper.sendmsg([text], [(SOL_SOCKET, SCM_RIGHTS, rights)])
+        helper.sendall(text[sent:])
+        if helper.recv(1) != READY:
+            raise HandoverError("the helper can not do TLS now")
+    except OSError as error:
+        helper.close()
+        raise HandoverError(error.strerror or str(error)) from None
+    except HandoverError:
+        helper.close()
+        raise
+    return Offer(helper)
+
+
+class Offer:
+    """A helper that waits to be told that the client knows."""
+
+    def __init__(self, helper: socket) -> None:
+        self._helper = helper
+
+    def complete(self) -> int:
+        """Let the helper begin, and wait for its end; the exit status of the session."""
+        try:
+            self._helper.settimeout(None)
+            self._helper.sendall(GO)
+            return (self._helper.recv(1) or b"\1")[0]
+        except OSError:
+            return 1
+        finally:
+            self._helper.close()
+
+
+def take(program: socket) -> tuple[list[int], list[bytes], dict[bytes, bytes]]:
+    """What a program hands over: descriptors, arguments, environment; raises HandoverError."""
+    deadline = time.monotonic() + PATIENCE
+    check_peer(program)
+    descriptors: list[int] = []
+    try:
+        text = b""
+        while len(text) < _LENGTH or len(text) < _LENGTH + _length(text):
+            program.settimeout(max(0.001, deadline - time.monotonic()))
+            piece, ancillary, _, _ = program.recvmsg(65536, CMSG_SPACE(3 * _INT))
+            for level, kind, rights in ancillary:
+                if (level, kind) == (SOL_SOCKET, SCM_RIGHTS):
+                    numbers = range(0, len(rights) - len(rights) % _INT, _INT)
+                    descriptors += [
+                        int.from_bytes(rights[at : at + _INT], "little") for at in numbers
+                    ]
+            text += piece
+            if not piece or _length(text) > _LONGEST:
+                raise HandoverError("a message that is none")
+        if len(descriptors) != 3:
+            raise HandoverError("not three descriptors")
+        return (descriptors, *_unpack(text[_LENGTH:]))
+    except (OSError, ValueError, HandoverError) as error:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise HandoverError(str(error)) from None
+
+
+def may_begin(program: socket) -> bool:
+    """Tell the program that TLS can begin, and wait until it has told the client."""
+    try:
+        program.sendall(READY)
+        return program.recv(1) == GO
+    except OSError:
+        return False
+
+
+def check_peer(other: socket) -> None:
+    """See that the other end runs as our own user; raises HandoverError."""
+    credentials = other.getsockopt(SOL_SOCKET, SO_PEERCRED, _CREDENTIALS)
+    uid = int.from_bytes(credentials[4:8], "little")
+    if uid != os.geteuid():
+        raise HandoverError(f"the other end runs as uid {uid}, not as uid {os.geteuid()}")
+
+
+def pack(arguments: Sequence[bytes], environ: Mapping[bytes, bytes]) -> bytes:
+    """Arguments and environment as one text, its length before it."""
+    variables = (b"%s=%s" % item for item in environ.items())
+    words = [b"%d" % len(arguments), *arguments, *variables]
+    text = b"".join(b"%s\0" % word for word in words)
+    return len(text).to_bytes(_LENGTH, "little") + text
+
+
+def _unpack(text: bytes) -> tuple[list[bytes], dict[bytes, bytes]]:
+    count, *words = text.split(b"\0")[:-1]
+    variables = (word.partition(b"=") for word in words[int(count) :])
+    return words[: int(count)], {name: value for name, _, value in variables}
+
+
+def _length(text: bytes) -> int:
+    return int.from_bytes(text[:_LENGTH], "little")
