@@ -32,6 +32,8 @@ import sysconfig
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 
+from . import reply
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,8 +52,8 @@ class Program:
     """A program that the mail system starts: `main` is the module whose `main` function it is.
 
     `late` names modules that it imports when it needs them, but needs so often that they are better
-    in the image.  Where it can not be loaded, `trouble` is the exit status, and `reply` is what goes
-    to descriptor 1.
+    in the image.  If it can not be loaded, `trouble` is the exit status, and `reply` is written to
+    descriptor 1.
     """
 
     def __init__(
@@ -68,14 +70,14 @@ PROGRAMS = {
         "smtpd",
         late=("qmail_queue", "checkpassword"),
         trouble=1,
-        reply=b"421 out of memory (#4.3.0)\r\n",
+        reply=reply.OUT_OF_MEMORY.render(),
     ),
     "qmail-queue-maildir": Program("maildir_queue", trouble=51),
     "checkpassword-users": Program("users_check", late=("users_file",), trouble=111),
 }
 
-TOOLS = {"qmail-smtpd-users": "users_file"}
-"""The programs that people start: they have no image, and end as other programs do."""
+TOOLS = {"qmail-smtpd-users": "users_file", "qmail-smtpd-listen": "listener"}
+"""The programs that are started now and then: they have no image, and end as others do."""
 
 _LAUNCHER = """\
 #!{interpreter} -IS
@@ -86,7 +88,7 @@ from marshal import loads
 from posix import _exit, getpid, write
 
 sys.path += {path!r}
-status = {trouble}
+status, reply = {trouble}, {reply!r}
 try:
     try:
         with open({image!r}, "rb") as file:
@@ -99,11 +101,12 @@ try:
             module.__dict__.update(facts)
             exec(code, module.__dict__)
     from {package}.{main} import main
+    reply = b""
     status = main()
 except Exception as error:
     why = type(error).__name__ + "; is the memory limit too low?"
     write(2, ('{name}[%d]: error why="%s"\\n' % (getpid(), why)).encode())
-    write(1, {reply!r})
+    write(1, reply)
 finally:
     _exit(status)
 """

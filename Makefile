@@ -1,0 +1,94 @@
+# `make` alone tells what there is to make.
+
+# The system's interpreter is one that every user can run, as the mail system has to.
+PYTHON = $(firstword $(wildcard /usr/bin/python3) python3)
+PREFIX = /usr/local/qmail-smtpd-py
+DESTDIR =
+
+# make run
+PORT = 2525
+
+# make test: files or options for pytest, instead of all tests
+TESTS =
+
+# make cert, make cert-req; setup/cert tells what they are
+QMAIL = /var/qmail
+HOST =
+DAYS = 825
+KEY = rsa:2048
+FROM =
+OWNER = qmaild
+GROUP = qmail
+FORCE =
+
+help:
+	@echo 'make run         take mail on 127.0.0.1 port $(PORT), without qmail and without root'
+	@echo 'make test        run all tests; as root on Debian, with all that they need'
+	@echo 'make install     install in PREFIX=$(PREFIX), with PYTHON=$(PYTHON)'
+	@echo 'make uninstall   remove what was installed in PREFIX, and nothing else'
+	@echo 'make cert        make control/servercert.pem: HOST= DAYS= KEY=rsa:2048|ec|ed25519, or'
+	@echo '                 put it together from the files in FROM=; OWNER= GROUP= QMAIL= FORCE=1'
+	@echo 'make cert-req    make a key and a request for a certificate: HOST= KEY='
+	@echo 'make lint        run ruff and mypy'
+	@echo 'make bench       measure time and memory of sessions: PEER=path of another qmail-smtpd'
+	@echo 'make clean       remove what the others left in this directory'
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
+		{ echo '$(PYTHON) is not Python 3.9 or newer: name another by PYTHON=' >&2; exit 1; }
+
+venv-module: python
+	@PYTHON=$(PYTHON) setup/packages module:ensurepip=python3-venv
+
+# The virtual environment of this checkout: with what the program needs, and with what tests need.
+.venv/run: setup.cfg pyproject.toml | venv-module
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/test: .venv/run
+	.venv/bin/python -m pip install --quiet --editable '.[test,lint]'
+	@touch $@
+
+run: .venv/run
+	@setup/packages tcpserver=ucspi-tcp openssl=openssl
+	@PORT=$(PORT) setup/demo
+
+test: .venv/test
+	@PYTHON=$(PYTHON) setup/test $(TESTS)
+
+lint: .venv/test
+	.venv/bin/ruff check
+	.venv/bin/mypy
+
+bench: .venv/run
+	@.venv/bin/python -X no_debug_ranges -m qmail_smtpd_py.launcher .venv/bin
+	.venv/bin/python bench/bench.py --program .venv/bin/qmail-smtpd $(if $(PEER),--peer $(PEER))
+	.venv/bin/python bench/memory_limit.py --program .venv/bin/qmail-smtpd
+
+install: venv-module
+	@DESTDIR=$(DESTDIR) $(PYTHON) setup/install.py install $(PREFIX)
+
+uninstall: python
+	@DESTDIR=$(DESTDIR) $(PYTHON) setup/install.py uninstall $(PREFIX)
+
+cert cert-req: export QMAIL := $(QMAIL)
+cert cert-req: export HOST := $(HOST)
+cert cert-req: export DAYS := $(DAYS)
+cert cert-req: export KEY := $(KEY)
+cert cert-req: export FROM := $(FROM)
+cert cert-req: export OWNER := $(OWNER)
+cert cert-req: export GROUP := $(GROUP)
+cert cert-req: export FORCE := $(FORCE)
+
+cert:
+	@setup/cert
+
+cert-req:
+	@setup/cert request
+
+clean:
+	rm -rf .venv .run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: bench cert cert-req clean help install lint python run test uninstall venv-module

@@ -1,0 +1,241 @@
+"""Install the programs below a prefix, or remove them; the Makefile runs this.
+
+    python3 setup/install.py install PREFIX      with DESTDIR in the environment, for packages
+    python3 setup/install.py uninstall PREFIX
+
+PREFIX is a directory of our own, such as /usr/local/qmail-smtpd-py:
+
+    bin/          the programs: launchers, see qmail_smtpd_py/launcher.py
+    man/man8/     their manual pages
+    run/          service directories for daemontools, to be copied
+    venv/1, 2 ..  a virtual environment for each installation, with the code that launchers run
+    installed     the files of bin, man and run, with the SHA-256 of each
+
+A new version comes as a virtual environment beside the old one, and is in force when its launchers
+have been renamed over the old ones.  Until then nothing has changed, and whatever fails changes
+nothing.  Sessions that run meanwhile go on with the code that they began with: the environment
+before the last one stays until the next installation.
+
+A file that is not in `installed` is somebody else's: it is neither replaced nor removed.  A file
+that is in it, but was changed, is not removed either, and in run it is not replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+DEFAULT_PREFIX = "/usr/local/qmail-smtpd-py"
+"""What the files in run have for PREFIX."""
+
+PAGES = sorted(CHECKOUT.glob("man/*.8"))
+PROGRAMS = [page.stem for page in PAGES]
+"""A program is installed with its manual page, and not without."""
+
+
+class Failure(Exception):
+    """What was asked for can not be done; the text says why."""
+
+
+class Installed:
+    """The files below a prefix that are ours, each with its digest: what PREFIX/installed says."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        self._list = prefix / "installed"
+        self.digests: dict[str, str] = {}
+        if self._list.exists():
+            for line in self._list.read_text().splitlines():
+                digest, name = line.split("  ", 1)
+                self.digests[name] = digest
+
+    def is_unchanged(self, name: str) -> bool:
+        """Whether the file is there as it was installed."""
+        path = self.prefix / name
+        return path.is_file() and digest(path.read_bytes()) == self.digests.get(name)
+
+    def put(self, name: str, content: bytes, mode: int) -> None:
+        """Put a file in its place, by rename; one in run that was changed stays, and we say so."""
+        path = self.prefix / name
+        if name.startswith("run/") and path.exists() and not self.is_unchanged(name):
+            print(f"kept {path}, which was changed")
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.new")
+        new.write_bytes(content)
+        new.chmod(mode)
+        self.digests[name] = digest(content)
+        self._save()
+        new.replace(path)
+
+    def remove(self, names: set[str]) -> None:
+        """Remove files, and the directories that are empty then; say which stay, and why."""
+        for name in names:
+            path = self.prefix / name
+            if self.is_unchanged(name):
+                path.unlink()
+            elif path.exists():
+                print(f"kept {path}, which was changed")
+            del self.digests[name]
+        self._save()
+        parents = {parent for name in names for parent in Path(name).parents}
+        for parent in sorted(parents, key=lambda path: len(path.parts), reverse=True):
+            _remove_if_empty(self.prefix / parent)
+
+    def _save(self) -> None:
+        if self.digests:
+            lines = [f"{digest}  {name}\n" for name, digest in sorted(self.digests.items())]
+            self._list.write_text("".join(lines))
+        else:
+            self._list.unlink()
+
+
+def digest(content: bytes) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _remove_if_empty(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError:
+        pass  # Somebody else has files there, or it was never made.
+
+
+def install(prefix: Path, destdir: str) -> None:
+    """Install below the prefix; raises Failure."""
+    os.umask(0o022)
+    target = Path(f"{destdir}{prefix}")
+    installed = Installed(target)
+    before = set(installed.digests)
+    _check_free(installed, {f"bin/{name}" for name in PROGRAMS} | set(_pages()))
+    environment = _new_environment(target / "venv")
+    launchers = _fill(environment)
+    files = {**_pages(), **_services(prefix), **_programs(launchers, destdir)}
+    for name, content in files.items():
+        executable = name.startswith("bin/") or name.endswith("/run")
+        installed.put(name, content, 0o755 if executable else 0o644)
+    installed.remove(before - set(files))
+    for old in _environments(target / "venv")[:-2]:
+        shutil.rmtree(old)
+    print(f"installed in {prefix}: bin/qmail-smtpd, man, run")
+    for path in _closed_to_others(target):
+        print(f"note: other users can not run the programs, as {path} is closed to them")
+
+
+def _pages() -> dict[str, bytes]:
+    """The manual pages."""
+    return {f"man/man8/{page.name}": page.read_bytes() for page in PAGES}
+
+
+def _services(prefix: Path) -> dict[str, bytes]:
+    """The files of the service directories, for this prefix."""
+    files = [path for path in CHECKOUT.glob("run/**/*") if path.is_file()]
+    old, new = os.fsencode(DEFAULT_PREFIX), os.fsencode(prefix)
+    return {str(file.relative_to(CHECKOUT)): file.read_bytes().replace(old, new) for file in files}
+
+
+def _programs(launchers: Path, destdir: str) -> dict[str, bytes]:
+    """The launchers, as they have to be where DESTDIR is the root directory."""
+    below = os.fsencode(f"{destdir}/")
+    return {
+        f"bin/{name}": (launchers / name).read_bytes().replace(below, b"/") for name in PROGRAMS
+    }
+
+
+def _check_free(installed: Installed, names: set[str]) -> None:
+    """See that no file of somebody else's is where ours are to be."""
+    for name in names:
+        path = installed.prefix / name
+        if name not in installed.digests and os.path.lexists(path):
+            raise Failure(f"{path} is there, and not ours: choose another PREFIX, or move it away")
+
+
+def _environments(directory: Path) -> list[Path]:
+    """The virtual environments, the oldest first."""
+    found = [path for path in directory.glob("*") if path.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def _new_environment(directory: Path) -> Path:
+    number = max((int(path.name) for path in _environments(directory)), default=0) + 1
+    return directory / str(number)
+
+
+def _fill(environment: Path) -> Path:
+    """Make the environment, with the package and what it needs; the directory of its launchers."""
+    python = environment / "bin" / "python"
+    launchers = environment / "launchers"
+    print(f"making {environment} ...", flush=True)
+    try:
+        _run(sys.executable, "-I", "-m", "venv", environment)
+        with tempfile.TemporaryDirectory() as directory:
+            _run(python, "-I", "-m", "pip", "install", "--quiet", _source(Path(directory)))
+        launchers.mkdir()
+        _run(python, "-I", "-X", "no_debug_ranges", "-m", "qmail_smtpd_py.launcher", launchers)
+    except BaseException:
+        shutil.rmtree(environment, ignore_errors=True)
+        raise
+    return launchers
+
+
+def _source(directory: Path) -> Path:
+    """A copy of what pip needs of the checkout: it would leave its own files there."""
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE"):
+        shutil.copy(CHECKOUT / name, directory)
+    package = "qmail_smtpd_py"
+    (directory / package).mkdir()
+    for path in (CHECKOUT / package).glob("*.py"):
+        shutil.copy(path, directory / package)
+    return directory
+
+
+def _run(*command: object) -> None:
+    try:
+        subprocess.run([str(word) for word in command], check=True)
+    except subprocess.CalledProcessError as error:
+        words = " ".join(error.cmd)
+        raise Failure(f"nothing was changed, as this failed: {words}") from None
+
+
+def _closed_to_others(target: Path) -> list[Path]:
+    """What keeps users like qmaild from running the programs."""
+    interpreter = Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
+    programs = [interpreter, *(target / "bin" / name for name in PROGRAMS)]
+    paths = {path for program in programs for path in (program, *program.parents)}
+    return sorted(path for path in paths if not path.stat().st_mode & 0o001)
+
+
+def uninstall(prefix: Path, destdir: str) -> None:
+    """Remove what was installed below the prefix, and nothing else; raises Failure."""
+    target = Path(f"{destdir}{prefix}")
+    installed = Installed(target)
+    if not installed.digests:
+        raise Failure(f"nothing is installed in {target}")
+    for environment in _environments(target / "venv"):
+        shutil.rmtree(environment)
+    _remove_if_empty(target / "venv")
+    installed.remove(set(installed.digests))
+    if target.exists():
+        print(f"kept {target}, which has files of others")
+
+
+def main() -> int:
+    """Do what the arguments say; returns the exit status."""
+    try:
+        action = {"install": install, "uninstall": uninstall}[sys.argv[1]]
+        action(Path(os.path.abspath(sys.argv[2])), os.environ.get("DESTDIR", ""))
+    except (Failure, OSError) as failure:
+        print(f"setup/install.py: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
