@@ -1,0 +1,79 @@
+"""Log lines: one line an event, and no octet of a value can make a line or a field of its own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from conformance import logs
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from qmail_smtpd_py import log
+
+FORGERIES = [
+    b"x\nqmail-smtpd[1]: auth result=ok user=root",
+    b'x" result="ok',
+    b"x result=ok",
+    b"x\\x0aauth",
+    b"",
+    b'"',
+    b"\\",
+    b"\x00\x1b[2J\x7f\x80\xff",
+]
+
+octets = st.one_of(st.binary(max_size=300), st.sampled_from(FORGERIES))
+
+
+@given(st.dictionaries(st.sampled_from(["why", "user", "helo", "size", "host"]), octets))
+def test_fields_read_back(fields: dict[str, bytes]) -> None:
+    line = log.format_line("mail", fields)
+    read = logs.read(line)
+    assert (read.pid, read.event) == (os.getpid(), "mail")
+    assert read.fields == {key: value.decode("latin-1") for key, value in fields.items()}
+
+
+@given(st.lists(octets, min_size=2, max_size=5))
+@example([b"a" * 5000, b"b" * 5000, b"\n" * 5000, b'" ' * 2000])
+def test_a_line_is_one_line_of_printable_ascii_that_a_pipe_takes_whole(values: list[bytes]) -> None:
+    line = log.format_line("mail", {f"field{number}": value for number, value in enumerate(values)})
+    assert all(32 <= octet < 127 for octet in line)
+    assert len(line) < 4096
+
+
+def test_a_value_that_is_too_long_is_cut_off_and_says_so() -> None:
+    line = log.format_line("mail", {"why": b"x" * 5000, "code": 250})
+    assert line.endswith(b"x...(5000 octets) code=250")
+    assert logs.read(line).fields["code"] == "250"
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (b"user@example.org", b"user@example.org"),
+        (250, b"250"),
+        ("plain", b"plain"),
+        (b"two words", b'"two words"'),
+        (b"", b'""'),
+        (b'say "x"', b'"say \\x22x\\x22"'),
+        (b"back\\slash", b'"back\\x5cslash"'),
+        (b"\xc3\xa9", b'"\\xc3\\xa9"'),
+        ("\N{LATIN SMALL LETTER E WITH ACUTE}", b'"\\xc3\\xa9"'),
+        ("\udcff", b'"\\x5cudcff"'),
+        ([b"a@example.org", b"b@example.org"], b"a@example.org,b@example.org"),
+    ],
+)
+def test_value(value: object, written: bytes) -> None:
+    assert log.format_line("mail", {"to": value}).endswith(b" to=" + written)
+
+
+def test_a_field_that_is_none_is_left_out() -> None:
+    assert logs.read(log.format_line("auth", {"user": None, "code": 535})).fields == {"code": "535"}
+
+
+def test_a_log_that_takes_nothing_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(log, "DESCRIPTOR", full)
+    log.write("connect", {})
+    os.close(full)
+    log.write("connect", {})

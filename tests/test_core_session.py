@@ -1,0 +1,215 @@
+"""The session under attack: smuggling, memory, what TLS and AUTH must not let through, the end."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Callable
+
+import pytest
+from conformance import grammar
+from conformance.world import base64, open_session
+
+from qmail_smtpd_py.session import CLOSED, Session
+from qmail_smtpd_py.transaction import RECIPIENTS_LIMIT
+
+IN_A_MESSAGE = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<u@here.example>\r\nDATA\r\n"
+GOOD = b"AUTH PLAIN " + base64(b"\0joe\0secret") + b"\r\n"
+
+# Smuggling: only CR LF . CR LF ends a message
+
+LOOKALIKES = [
+    *(b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\n\n.\r\n", b"\r\r\n.\n"),
+    *(b"\r.\r", b"\r.\r\n", b"\r\n.\r", b"\r\n.\r\r\n"),
+    *(b"\r\n\0.\r\n", b"\r\n.\0\r\n", b"\r\n .\r\n", b"\r\n. \r\n", b"\r\n..\r\n"),
+    *(b"\r\n.\x85", b"\x85.\x85", b"\r\n.\x0b\x0c", b"\r\n\xef\xbc\x8e\r\n"),
+    b"\xe2\x80\xa8.\xe2\x80\xa8",
+]
+
+
+@pytest.mark.parametrize("lookalike", LOOKALIKES)
+def test_what_looks_like_the_end_is_not_the_end(lookalike: bytes) -> None:
+    """Whatever comes behind it is text, in one message or in none, however it was cut."""
+    hidden = IN_A_MESSAGE.replace(b"a@", b"hidden@") + b"hidden\r\n.\r\n"
+    data = b"Subject: x\r\n\r\ntext" + lookalike + hidden
+    for at in range(len(data)):
+        session, world = open_session()
+        session.receive(IN_A_MESSAGE)
+        session.receive(data[:at])
+        session.receive(data[at:])
+        session.connection_lost()
+        (queue,) = world.queues
+        assert queue.envelope in (b"", b"Fa@example.com\0Tu@here.example\0\0")
+        if queue.envelope:
+            assert queue.message.endswith(b"hidden\n")
+        else:
+            assert b"\n" in lookalike.replace(b"\r\n", b""), "refused without a bare line feed"
+
+
+# Memory
+
+STATES: dict[str, bytes] = {
+    "in a command": b"",
+    "in a response": b"AUTH LOGIN\r\n",
+    "in a header": IN_A_MESSAGE,
+    "in a body": IN_A_MESSAGE + b"\r\n",
+    "closed": b"QUIT\r\n",
+    "before a handshake": b"STARTTLS\r\n",
+}
+
+
+def peak_of(act: Callable[[], object]) -> int:
+    """Octets of memory in use at the most, beyond those before."""
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("octet", [b"x", b"\0", b"\r", b"."])
+@pytest.mark.parametrize("before", STATES.values(), ids=STATES)
+def test_a_line_without_end_needs_no_memory(before: bytes, octet: bytes) -> None:
+    session, world = open_session()
+    session.receive(before)
+    for queue in world.queues:
+        queue.write = lambda data: None  # type: ignore[method-assign]
+    piece = octet * 65536
+    peak = peak_of(lambda: [session.receive(piece) for _ in range(64)])
+    assert peak < 8 * len(piece), f"{peak} octets for pieces of {len(piece)}"
+
+
+def test_many_small_lines_need_memory_for_one_piece_of_them() -> None:
+    session, _ = open_session()
+    piece = b"NOOP\r\n" * 2000
+
+    def send(times: int) -> None:
+        for _ in range(times):
+            session.receive(piece)
+
+    assert peak_of(lambda: send(20)) < 2 * peak_of(lambda: send(1))
+
+
+def test_recipients_are_bounded() -> None:
+    session, _ = open_session()
+    session.receive(b"MAIL FROM:<>\r\n")
+    address = b"x" * 100 + b"@here.example"
+    room = RECIPIENTS_LIMIT // len(address)
+    said = session.receive(b"RCPT TO:<%s>\r\n" % address * (room + 1))
+    assert said == b"250 ok\r\n" * room + b"452 too many recipients (#4.5.3)\r\n"
+    assert session.receive(b"RCPT TO:<x@here.example>\r\n") == b"250 ok\r\n", "it still fits"
+
+
+# TLS
+
+INJECTED = [b"NOOP\r\n", b"NOO", IN_A_MESSAGE, b"QUIT\r\n", b"\r\n", GOOD]
+
+
+@pytest.mark.parametrize("injected", INJECTED)
+@pytest.mark.parametrize("how", ["with it", "behind it"])
+def test_nothing_said_before_tls_is_heard_after_it(injected: bytes, how: str) -> None:
+    session, _ = open_session(smtpauth=b"!")
+    if how == "with it":
+        said = session.receive(b"EHLO x\r\nSTARTTLS\r\n" + injected)
+    else:
+        said = session.receive(b"EHLO x\r\nSTARTTLS\r\n") + session.receive(injected)
+    assert said.endswith(b"220 ready for tls\r\n")
+    session.tls_started(b"CIPHER")
+    assert session.receive(b"") == b""
+    assert session.receive(b"RCPT TO:<u@here.example>\r\n") == b"503 MAIL first (#5.5.1)\r\n"
+    assert session.receive(b"MAIL FROM:<>\r\n").startswith(b"530 ")
+    assert grammar.codes(session.receive(b"EHLO x\r\nSTARTTLS\r\n")) == [250, 502]
+
+
+def test_tls_is_not_offered_under_tls() -> None:
+    session, _ = open_session()
+    assert b"STARTTLS" in session.receive(b"EHLO x\r\n")
+    session.receive(b"STARTTLS\r\n")
+    session.tls_started(b"CIPHER")
+    assert b"STARTTLS" not in session.receive(b"EHLO x\r\n")
+
+
+# AUTH
+
+
+@pytest.mark.parametrize("line", b"AUTH PLAIN,auth LOGIN,AUTH CRAM-MD5,AUTH X,AUTH".split(b","))
+def test_auth_in_clear_under_forcetls_closes_and_no_password_is_looked_at(line: bytes) -> None:
+    session, world = open_session(force_tls=True)
+    password = base64(b"\0joe\0secret")
+    said = session.receive(line + b" " + password + b"\r\n" + GOOD + b"NOOP\r\n")
+    assert grammar.codes(said) == [538]
+    assert session.state == CLOSED
+    assert session.receive(b"NOOP\r\n") == b""
+    assert not any(b"secret" in entry or password in entry for entry in world.lines)
+
+
+@pytest.mark.parametrize("force_tls", [True, False])
+@pytest.mark.parametrize("is_encrypted", [True, False])
+def test_auth_is_advertised_where_it_can_be_used_and_only_there(
+    force_tls: bool, is_encrypted: bool
+) -> None:
+    session, _ = open_session(force_tls=force_tls)
+    if is_encrypted:
+        session.receive(b"STARTTLS\r\n")
+        session.tls_started(b"CIPHER")
+    is_advertised = b"AUTH LOGIN PLAIN CRAM-MD5" in session.receive(b"EHLO x\r\n")
+    assert is_advertised == (is_encrypted or not force_tls)
+    assert session.receive(GOOD).startswith(b"235 " if is_advertised else b"538 ")
+
+
+@pytest.mark.parametrize("start", b",AUTH PLAIN ,AUTH LOGIN ,AUTH CRAM-MD5 ,NOOP ".split(b","))
+@pytest.mark.parametrize("then", [b"", b"*", b"AUTH PLAIN ", b"AUTH LOGIN "])
+def test_no_secret_is_ever_said_or_logged(start: bytes, then: bytes) -> None:
+    secrets = [b"Tell-Nobody", base64(b"Tell-Nobody"), base64(b"\0joe\0Tell-Nobody")]
+    session, world = open_session()
+    said = b""
+    for secret in secrets:
+        said += session.receive(start + secret + b"\r\n" + then + secret + b"\r\n")
+        said += session.receive(base64(b"joe") + b"\r\n" + secret + b"\r\n")
+    logged = [line for line in world.lines if b"user=Tell-Nobody" not in line]
+    for text in [said, *logged]:
+        assert not any(secret in text for secret in secrets)
+
+
+@pytest.mark.parametrize(
+    "before", [b"", b"HELO x", b"RSET", b"AUTH PLAIN =", b"AUTH PLAIN " + base64(b"\0eve\0x")]
+)
+def test_mail_needs_authentication_whatever_comes_before(before: bytes) -> None:
+    session, _ = open_session(smtpauth=b"!")
+    session.receive(before + b"\r\n")
+    assert session.receive(b"MAIL FROM:<>\r\n").startswith(b"530 ")
+    assert session.receive(b"RCPT TO:<u@here.example>\r\n").startswith(b"503 ")
+
+
+# The end
+
+LETTER = b"Subject: x\r\n\r\ntext\r\n.\r\n"
+
+
+@pytest.mark.parametrize("end", [Session.connection_lost, Session.time_out])
+@pytest.mark.parametrize("cut", range(len(LETTER)))
+def test_a_message_that_is_cut_off_has_no_envelope(
+    cut: int, end: Callable[[Session], object]
+) -> None:
+    session, world = open_session()
+    session.receive(IN_A_MESSAGE + LETTER[:cut])
+    end(session)
+    assert world.queues[0].envelope == b""
+    assert b'result="cut off"' in world.lines[-1]
+    assert session.exit_status == 1
+    assert session.receive(b"\n.\r\n") == b""
+
+
+def test_out_of_descriptors_is_a_temporary_failure_and_the_session_goes_on() -> None:
+    session, world = open_session()
+    world.open_delivery = lambda identity: None  # type: ignore[method-assign]
+    said = session.receive(IN_A_MESSAGE + b"NOOP\r\n")
+    assert grammar.replies(said)[2:] == ["451 qqt failure (#4.3.0)", "250 ok"]
+
+
+def test_a_control_file_that_breaks_ends_the_session() -> None:
+    session, world = open_session()
+    said = session.receive(b"MAIL FROM:<>\r\nRCPT TO:<u@broken.example>\r\nNOOP\r\n")
+    assert grammar.replies(said)[1:] == ["421 unable to read controls (#4.3.0)"]
+    assert session.state == CLOSED
+    assert b"error why=" in world.lines[-1]

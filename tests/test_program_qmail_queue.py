@@ -1,0 +1,188 @@
+"""One run of qmail-queue: what it is given, what its end means, and what a cancelled one sees."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from pathlib import Path
+
+import pytest
+from conformance.stage import Stage, inheritable
+
+from qmail_smtpd_py import qmail_queue
+from qmail_smtpd_py.qmail_queue import QueueDelivery
+
+# Without LC_ALL the interpreter of the stand-in would add LC_CTYPE of its own.
+ENVIRON = {b"PATH": b"/usr/bin:/bin", b"LC_ALL": b"C", b"RELAYCLIENT": b""}
+ENVELOPE = b"Fa@example.com\0Tb@example.org\0\0"
+READ_ALL = "cat <&0 >message; cat <&1 >envelope"
+LARGE = b"0123456789abcde\n" * 100_000
+
+STATUSES = sorted({*qmail_queue.REPLIES, 0, 1, 10, 12, 40, 41, 99, 100, 111, 116, 121, 127, 255})
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """No descriptor, no child and no zombie."""
+    descriptors = os.listdir("/proc/self/fd")
+    yield
+    assert os.listdir("/proc/self/fd") == descriptors
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+class Queue:
+    """Starts shell scripts as qmail-queue, in a directory where they leave what they saw."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def start(self, script: str) -> QueueDelivery:
+        path = self.directory / "qmail-queue"
+        path.write_text(f"#!/bin/sh\ncd {self.directory}\n{script}\n")
+        path.chmod(0o755)
+        delivery = qmail_queue.open_delivery(os.fsencode(path), ENVIRON)
+        assert delivery
+        return delivery
+
+    def deliver(self, script: str, message: bytes = b"Subject: x\n\nx\n") -> bytes | None:
+        """The reply to a whole delivery as octets, None where the message is queued."""
+        delivery = self.start(script)
+        for at in range(0, len(message), 40_000):
+            delivery.write(message[at : at + 40_000])
+        answer = delivery.close(ENVELOPE)
+        return answer and answer.render()
+
+    def wrote(self, name: str) -> bytes:
+        return (self.directory / name).read_bytes()
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Queue:
+    return Queue(tmp_path)
+
+
+def rendered(status: int) -> bytes | None:
+    answer = qmail_queue.reply_to(status)
+    return answer and answer.render()
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_exit_status(queue: Queue, status: int) -> None:
+    assert queue.deliver(f"{READ_ALL}; exit {status}") == rendered(status)
+
+
+@pytest.mark.parametrize("signal", [1, 9, 11, 13, 15, 25])
+@pytest.mark.parametrize("before", ["", "cat <&0 >/dev/null", READ_ALL])
+def test_a_signal_is_a_crash(queue: Queue, before: str, signal: int) -> None:
+    """SIGPIPE and SIGXFSZ too, which the interpreter ignores and its children would."""
+    assert queue.deliver(f"{before}\nkill -{signal} $$; exit 0") == b"451 qq crashed (#4.3.0)\r\n"
+
+
+@pytest.mark.parametrize("size", [0, 1, 32767, 32768, 65536, 65537, len(LARGE)])
+def test_message_and_envelope_arrive_whole(queue: Queue, size: int) -> None:
+    assert queue.deliver(READ_ALL, LARGE[:size]) is None
+    assert queue.wrote("message") == LARGE[:size]
+    assert queue.wrote("envelope") == ENVELOPE
+
+
+def test_a_large_envelope_arrives_whole(queue: Queue) -> None:
+    envelope = b"Fa@example.com\0" + b"Tb@example.org\0" * 20_000 + b"\0"
+    delivery = queue.start(READ_ALL)
+    assert delivery.close(envelope) is None
+    assert queue.wrote("envelope") == envelope
+
+
+@pytest.mark.parametrize("message", [b"small", LARGE], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("status", "answer"), [(0, rendered(54)), (31, rendered(31)), (53, rendered(53))]
+)
+def test_one_that_does_not_read_to_the_end(
+    queue: Queue, message: bytes, status: int, answer: bytes
+) -> None:
+    """Its status counts, but for a yes to what it never read."""
+    assert queue.deliver(f"exec 0<&-; exec 1<&-; : >ready; exit {status}", message) in (
+        [answer] if message is LARGE else [answer, rendered(status)]
+    )
+
+
+def test_a_yes_to_an_envelope_that_was_not_read_is_no_yes(queue: Queue) -> None:
+    delivery = queue.start("cat <&0 >/dev/null; exit 0")
+    delivery.write(b"x")
+    assert delivery.close(b"F\0" + b"Tx\0" * 100_000 + b"\0") is qmail_queue.reply_to(54)
+
+
+@pytest.mark.parametrize("kind", ["missing", "not executable", "directory", "no interpreter"])
+@pytest.mark.parametrize("message", [b"small", LARGE], ids=["small", "large"])
+def test_one_that_can_not_be_started(tmp_path: Path, kind: str, message: bytes) -> None:
+    path = tmp_path / "qmail-queue"
+    if kind == "directory":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_text("#!/no/such/interpreter\n" if kind == "no interpreter" else "words\n")
+        path.chmod(0o755 if kind == "no interpreter" else 0o644)
+    delivery = qmail_queue.open_delivery(os.fsencode(path), ENVIRON)
+    assert delivery
+    assert isinstance(delivery.trouble, OSError)
+    delivery.write(message)
+    assert delivery.close(ENVELOPE) is qmail_queue.reply_to(120)
+
+
+def test_what_it_is_given(stage: Stage) -> None:
+    """Message and envelope on descriptors 0 and 1, the log, and the environment as given."""
+    program = stage.env["QMAILQUEUE"]
+    delivery = qmail_queue.open_delivery(os.fsencode(program), ENVIRON)
+    assert delivery
+    delivery.write(b"x\n")
+    assert delivery.close(ENVELOPE) is None
+    (given,) = stage.deliveries()
+    assert given.read == {0: b"x\n", 1: ENVELOPE}
+    assert given.argv == [program]
+    assert given.environ == {name.decode(): value.decode() for name, value in ENVIRON.items()}
+    assert given.descriptors[2] == os.readlink("/proc/self/fd/2")
+    assert given.descriptors.keys() - inheritable() == {0, 1, 2}
+
+
+def test_the_process_is_the_one_that_is_named(queue: Queue) -> None:
+    delivery = queue.start("echo $$ >pid; " + READ_ALL)
+    assert delivery.close(ENVELOPE) is None
+    assert int(queue.wrote("pid")) == delivery.pid
+
+
+@pytest.mark.parametrize("message", [b"", b"half", LARGE], ids=["nothing", "little", "much"])
+def test_a_cancelled_one_sees_no_envelope(queue: Queue, message: bytes) -> None:
+    delivery = queue.start(READ_ALL)
+    delivery.write(message)
+    delivery.cancel()
+    assert queue.wrote("envelope") == b""
+    assert message.startswith(queue.wrote("message"))
+
+
+def test_a_cancelled_one_that_does_not_end_is_not_waited_for_long(queue: Queue) -> None:
+    delivery = queue.start("exec sleep 100")
+    began = time.monotonic()
+    delivery.cancel()
+    assert time.monotonic() - began < 10
+    os.kill(delivery.pid, 9)
+    os.waitpid(delivery.pid, 0)
+
+
+def test_cancelling_what_has_ended_already(queue: Queue) -> None:
+    delivery = queue.start("exit 53")
+    os.waitid(os.P_PID, delivery.pid, os.WEXITED | os.WNOWAIT)
+    delivery.write(LARGE)
+    delivery.cancel()
+
+
+@pytest.mark.parametrize("free", [0, 1, 2, 3])
+def test_no_descriptors(queue: Queue, free: int) -> None:
+    """Two pipes take four; with fewer there is no delivery, and nothing is left of the first."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open("/dev/null", os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, limits[1]))
+    try:
+        assert qmail_queue.open_delivery(b"/bin/true", ENVIRON) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

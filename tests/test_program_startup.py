@@ -1,0 +1,76 @@
+"""What a session imports: every connection pays for it, so that it is a rule with a test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conformance.program import ROOT, Program
+from conformance.stage import Stage
+
+# Runs the program, and then tells what it has imported beyond what every interpreter has.
+REPORTING = """
+import sys
+report = sys.argv.pop(1)
+sys.path.insert(0, sys.argv.pop(1))
+before = set(sys.modules)
+from qmail_smtpd_py.smtpd import main
+status = main()
+names = " ".join(sys.modules.keys() - before)
+with open(report, "wb") as file:
+    file.write(names.encode())
+sys.exit(status)
+"""
+
+OS = {"os", "os.path", "posixpath", "genericpath", "stat", "_stat", "_collections_abc"}
+
+PLAIN = {
+    *("__future__", "select", *OS),
+    *("badmailfrom", "cdb", "connection", "control", "effects", "lines", "log", "maildata", "path"),
+    *("rcpthosts", "reply", "sasl", "session", "smtpd", "trace", "transaction", "wire"),
+}
+"""Connect, EHLO, QUIT; modules of the package without its name."""
+
+MAIL = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<u@example.org>\r\nDATA\r\n\r\nx\r\n.\r\n"
+
+
+def imported(stage: Stage, dialogue: bytes) -> set[str]:
+    """The modules that a session has imported at its end."""
+    stage.control({"me": "mx.example.org\n", "rcpthosts": "example.org\n"})
+    report = stage.home / "report"
+    command = [sys.executable, "-I", "-S", "-c", REPORTING, str(report), str(ROOT)]
+    with Program(stage, command=command) as program:
+        program.client.send(dialogue + b"QUIT\r\n")
+        assert program.client.read_to_end().endswith(b"221 mx.example.org\r\n")
+        assert program.wait() == 0
+    names = set(report.read_text().split()) - {"qmail_smtpd_py"}
+    return {name[len("qmail_smtpd_py.") :] if name.startswith("qmail_") else name for name in names}
+
+
+def test_a_plain_session(stage: Stage) -> None:
+    assert imported(stage, b"EHLO client.example.com\r\n") == PLAIN
+
+
+def test_a_message(stage: Stage) -> None:
+    assert imported(stage, b"EHLO client.example.com\r\n" + MAIL) == PLAIN | {"qmail_queue"}
+
+
+def test_auth(stage: Stage) -> None:
+    stage.environment({"SMTPAUTH": "", "FORCETLS": "0"})
+    stage.arguments("@checkpassword", "@true")
+    dialogue = b"EHLO client.example.com\r\nAUTH PLAIN AGpvZQBzZWNyZXQ=\r\n" + MAIL
+    assert imported(stage, dialogue) == PLAIN | {"qmail_queue", "checkpassword", "binascii"}
+
+
+def test_an_address_literal_is_what_pays_for_sockets(stage: Stage) -> None:
+    names = imported(stage, b"MAIL FROM:<u@[127.0.0.1]>\r\n")
+    assert {"localip", "socket"} <= names - PLAIN
+
+
+@pytest.mark.tls
+def test_pyopenssl_is_imported_for_starttls_and_not_before(stage: Stage) -> None:
+    code = "import qmail_smtpd_py.tls, sys; sys.exit('OpenSSL' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    stage.control({"servercert.pem": "@server-rsa.pem"})
+    assert imported(stage, b"EHLO client.example.com\r\n") == PLAIN

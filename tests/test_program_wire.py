@@ -1,0 +1,189 @@
+"""The connection: timeouts both ways, slow and gone clients, sockets and pipes, in clear."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Callable
+
+import pytest
+from conformance.transport import TRANSPORTS, Connection
+
+from qmail_smtpd_py.wire import PIECE, ConnectionLost, TimedOut, Wire
+
+LARGE = os.urandom(1 << 20) * 4
+SHORT = 0.2  # seconds
+
+
+class Line:
+    """A wire, and the client's end of it."""
+
+    def __init__(self, transport: str, timeout: float) -> None:
+        self.client: Connection
+        self.client, self.read_fd, self.write_fd = TRANSPORTS[transport]()
+        self.wire = Wire(self.read_fd, self.write_fd, timeout)
+        self._is_open = True
+
+    def hang_up(self) -> None:
+        self._is_open = False
+        self.client.close()
+
+    def close(self) -> None:
+        for descriptor in {self.read_fd, self.write_fd}:
+            os.close(descriptor)
+        if self._is_open:
+            self.hang_up()
+
+    def take_all(self, size: int, pause: float = 0) -> bytes:
+        """Read so many octets as the client, with a pause before each piece."""
+        taken = b""
+        while len(taken) < size:
+            time.sleep(pause)
+            taken += self.client.read(time.monotonic() + 10)
+        return taken
+
+
+@pytest.fixture(params=["socketpair", "pipes", "tcp"])
+def line(request: pytest.FixtureRequest) -> Iterator[Callable[[float], Line]]:
+    lines: list[Line] = []
+
+    def open_line(timeout: float = 10) -> Line:
+        lines.append(Line(request.param, timeout))
+        return lines[-1]
+
+    yield open_line
+    for opened in lines:
+        opened.close()
+
+
+Open = Callable[..., Line]
+
+
+def test_what_is_there_is_read_at_once(line: Open) -> None:
+    end = line()
+    end.client.write(b"EHLO x\r\n")
+    assert end.wire.read() == b"EHLO x\r\n"
+
+
+def test_a_large_piece_is_read_in_parts(line: Open) -> None:
+    end = line()
+    sender = threading.Thread(target=send_all, args=(end.client, LARGE))
+    sender.start()
+    taken, sizes = b"", []
+    while len(taken) < len(LARGE):
+        taken += (piece := end.wire.read())
+        sizes.append(len(piece))
+    sender.join()
+    assert taken == LARGE
+    assert max(sizes) <= PIECE
+
+
+def send_all(client: Connection, data: bytes) -> None:
+    while data:
+        client.wait(time.monotonic() + 10, reading=False, writing=True)
+        data = data[client.write(data) :]
+
+
+def test_silence_times_out(line: Open) -> None:
+    end = line(SHORT)
+    began = time.monotonic()
+    with pytest.raises(TimedOut):
+        end.wire.read()
+    assert SHORT <= time.monotonic() - began < SHORT + 5
+
+
+def test_each_read_has_the_whole_time(line: Open) -> None:
+    end = line(3 * SHORT)
+
+    def trickle() -> None:
+        for _ in range(5):
+            time.sleep(SHORT)
+            end.client.write(b"x")
+
+    sender = threading.Thread(target=trickle)
+    sender.start()
+    assert b"".join(end.wire.read() for _ in range(5)) == b"xxxxx"
+    sender.join()
+
+
+def test_a_client_that_takes_nothing_times_out(line: Open) -> None:
+    end = line(SHORT)
+    with pytest.raises(TimedOut):
+        end.wire.write(LARGE)
+
+
+def test_a_client_that_takes_slowly_gets_everything(line: Open) -> None:
+    end = line()
+    data = LARGE[: 1 << 20]
+    taken: list[bytes] = []
+    reader = threading.Thread(target=lambda: taken.append(end.take_all(len(data), pause=0.001)))
+    reader.start()
+    end.wire.write(data)
+    reader.join()
+    assert taken == [data]
+
+
+def test_nothing_to_write_needs_no_client(line: Open) -> None:
+    end = line()
+    end.hang_up()
+    end.wire.write(b"")
+
+
+def test_the_end_of_the_stream(line: Open) -> None:
+    end = line()
+    end.client.write(b"NOO")
+    end.client.end_writing()
+    assert end.wire.read() == b"NOO"
+    for _ in range(2):
+        with pytest.raises(ConnectionLost, match="hung up"):
+            end.wire.read()
+
+
+def test_the_stream_may_end_one_way_only(line: Open) -> None:
+    end = line()
+    end.client.end_writing()
+    end.wire.write(b"250 ok\r\n")
+    assert end.take_all(8) == b"250 ok\r\n"
+
+
+def test_a_client_that_has_gone_is_lost_and_no_signal(line: Open) -> None:
+    end = line()
+    end.hang_up()
+    with pytest.raises(ConnectionLost):
+        for _ in range(20):  # TCP tells it with a delay
+            end.wire.write(LARGE[:PIECE])
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("is_blocking", [True, False])
+def test_the_descriptor_is_given_back_as_it_was(line: Open, is_blocking: bool) -> None:
+    end = line()
+    os.set_blocking(end.write_fd, is_blocking)
+    wire = Wire(end.read_fd, end.write_fd, 1)
+    assert not os.get_blocking(end.write_fd)
+    wire.close()
+    assert os.get_blocking(end.write_fd) == is_blocking
+
+
+def test_a_file_may_be_read_and_written(tmp_path: os.PathLike) -> None:
+    path = os.path.join(tmp_path, "dialogue")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    wire = Wire(descriptor, descriptor, 1)
+    wire.write(LARGE)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    taken = b""
+    with pytest.raises(ConnectionLost):
+        while True:
+            taken += wire.read()
+    assert taken == LARGE
+    os.close(descriptor)
+
+
+def test_a_timeout_of_many_days() -> None:
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, b"x")
+    assert Wire(read_fd, write_fd, 2_000_000).read() == b"x"
+    os.close(read_fd)
+    os.close(write_fd)
