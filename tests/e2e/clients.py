@@ -1,0 +1,163 @@
+"""The clients, each as one call that ends with the session.
+
+What they print comes back whole, with the status that they ended with: it is theirs to say whether
+a message was taken.  A client that hangs is killed, and fails the test.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from .conversation import Conversation
+from .letter import HELO, RECIPIENT, SENDER
+from .programs import lack, need
+from .service import ADDRESS
+
+_PATIENCE = 100  # seconds for the longest session
+_SMTPLIB_CLIENT = Path(__file__).with_name("smtplib_client.py")
+
+
+class Run(NamedTuple):
+    """What a client said, standard error included, and how it ended."""
+
+    status: int
+    output: str
+
+
+def run(command, **options):
+    """Run a client to its end."""
+    ended = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=_PATIENCE,
+        check=False,
+        **{"stdin": subprocess.DEVNULL, **options},
+    )
+    return Run(ended.returncode, ended.stdout.decode(errors="backslashreplace"))
+
+
+def swaks(service, *options):
+    """swaks; options given here come after, and so before, the usual ones."""
+    (program,) = need("swaks")
+    server = ["--server", ADDRESS, "--port", service.port, "--timeout", 60]
+    envelope = ["--ehlo", HELO, "--from", SENDER, "--to", RECIPIENT]
+    return run([program, *server, *envelope, *options])
+
+
+def swaks_data(letter):
+    """swaks's options for a letter, octet for octet.
+
+    By itself it would put an empty line behind it, so it is given what DATA is to send (RFC 5321
+    section 4.5.2).
+    """
+    wire = letter.path.with_suffix(".wire")
+    wire.write_bytes((b"\r\n" + letter.sent).replace(b"\r\n.", b"\r\n..")[2:] + b".\r\n")
+    return ["--no-data-fixup", "--data", f"@{wire}"]
+
+
+def swaks_auth(mechanism, user, password):
+    """swaks's options for AUTH."""
+    return ["--auth", mechanism, "--auth-user", user, "--auth-password", password]
+
+
+def curl(service, letter, *options, scheme="smtp", **how):
+    """curl."""
+    (program,) = need("curl")
+    url = f"{scheme}://{ADDRESS}:{service.port}/{HELO}"
+    envelope = ["--mail-from", SENDER, "--mail-rcpt", RECIPIENT]
+    envelope += ["--upload-file", letter.path if letter else "-"]
+    quiet = ["--disable", "--silent", "--show-error", "--verbose", "--noproxy", "*"]
+    return run([program, *quiet, *envelope, "--max-time", 90, *options, url], **how)
+
+
+def curl_auth(mechanism, user, password):
+    """curl's options for AUTH."""
+    return ["--login-options", f"AUTH={mechanism}", "--user", f"{user}:{password}"]
+
+
+def msmtp(service, letter, *options):
+    """msmtp, which has the TLS of GnuTLS; without a configuration of anyone's."""
+    (program,) = need("msmtp")
+    server = ["--host", ADDRESS, "--port", service.port, "--domain", HELO, "--timeout", 60]
+    server = [f"{name}={value}" for name, value in zip(server[::2], server[1::2])]
+    home = {**os.environ, "HOME": str(letter.path.parent)}
+    with open(letter.path, "rb") as message:
+        command = [program, "--debug", *server, f"--from={SENDER}", *options, "--", RECIPIENT]
+        return run(command, env=home, stdin=message)
+
+
+def msmtp_auth(mechanism, user, password):
+    """msmtp's options for AUTH; it asks a command for the password, as it should not be seen."""
+    asked = f"--passwordeval=printf %s '{password}'"
+    return [f"--auth={mechanism.lower()}", f"--user={user}", asked]
+
+
+def smtplib(service, letter, interpreter=sys.executable, **options):
+    """The smtplib of an interpreter; see smtplib_client.py for the options, and what comes back."""
+    usual = {
+        "port": service.port,
+        "tls": "",
+        "version": "",
+        "mechanism": "",
+        "sender": SENDER,
+        "recipients": [RECIPIENT],
+        "message": str(letter.path),
+    }
+    ended = run([interpreter, "-I", _SMTPLIB_CLIENT, json.dumps({**usual, **options})])
+    assert ended.status == 0, ended.output
+    return json.loads(ended.output)
+
+
+@functools.cache
+def interpreters():
+    """An interpreter for each version of Python on this host that we support, by version."""
+    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    names = [f"{place}/python3.{minor}" for place in places for minor in range(9, 14)]
+    root = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
+    names += [sys.executable, *glob.glob(f"{root}/versions/3.*/bin/python")]
+    # What pyenv has in the path are scripts, which work or not.
+    candidates = [name for name in names if os.path.exists(name) and "/shims/" not in name]
+    found = {_version(path): path for path in candidates}
+    if len(found) < 2:
+        lack("no second version of Python on this host")
+    return found
+
+
+def _version(interpreter):
+    asked = run([interpreter, "-IS", "-c", "import sys; print(*sys.version_info[:2])"])
+    return tuple(map(int, asked.output.split()))
+
+
+def smtp_source(service, *options):
+    """Postfix's smtp-source, which takes no address of a client but names none of ours."""
+    (program,) = need("smtp-source")
+    envelope = ["-f", SENDER, "-t", RECIPIENT, "-M", HELO]
+    return run([program, *envelope, *options, f"{ADDRESS}:{service.port}"])
+
+
+def s_client(service, *options, starttls=True):
+    """openssl s_client, to be typed into; -quiet, or lines with R and Q would be its own."""
+    (program,) = need("openssl")
+    how = ["-starttls", "smtp", "-name", HELO] if starttls else []
+    connect = ["-connect", f"{ADDRESS}:{service.port}", "-crlf"]
+    return Conversation([program, "s_client", *how, *connect, *options])
+
+
+def netcat(service, source=ADDRESS):
+    """nc, to be typed into."""
+    (program,) = need("nc")
+    return Conversation([program, "-C", "-s", source, ADDRESS, service.port])
+
+
+def telnet(service):
+    """telnet, to be typed into."""
+    (program,) = need("telnet")
+    return Conversation([program, ADDRESS, service.port], ends_by_itself=True)
