@@ -47,6 +47,10 @@ _LONG = (
 
 _FDS_START = 3  # sd_listen_fds(3)
 _INHERITED = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor and process ids
+_SIGNALS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
+    signal.SIGUSR2, signal.SIGCHLD,
+)  # fmt: skip
 
 
 class UsageError(Exception):
@@ -244,11 +248,9 @@ class Listener:
         os.set_blocking(hear, False)
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        for number in (
-            signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
-            signal.SIGUSR2, signal.SIGCHLD,
-        ):  # fmt: skip
+        for number in _SIGNALS:
             signal.signal(number, lambda number, frame: self._signals.append(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # a predecessor blocked them
         return hear
 
     def _heed_signals(self, pool: Pool) -> None:
@@ -261,12 +263,12 @@ class Listener:
                 self._stop(pool, 0)
             elif number == signal.SIGHUP:
                 pool.replace_all()
-            elif number == signal.SIGUSR2:
-                self._restart(pool)
             elif number == signal.SIGALRM:
                 _complain(f"status: {pool.board.busy}/{self._options.limit}")
         if self._stop_at is not None and time.monotonic() > self._stop_at:
             pool.signal_all(signal.SIGTERM)
+        if signal.SIGUSR2 in signals and self._stop_at is None:
+            self._restart(pool)  # last, as it does not come back
 
     def _stop(self, pool: Pool, seconds: float) -> None:
         """Accept no more, and let the sessions that are there end within so many seconds."""
@@ -297,9 +299,12 @@ class Listener:
         os.set_inheritable(descriptor, True)
         pool.replace_all()
         _complain("restarting")
+        # Until the new one has handlers, what comes would end it: it is to wait instead.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             os.execve(sys.executable, words, {**os.environ, _INHERITED: heritage})
         except OSError as error:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             os.set_inheritable(descriptor, False)
             _complain(f"warning: cannot restart: {error.strerror}")
 

@@ -11,7 +11,7 @@ connection costs the parent nothing:
     the parent  sleeps until that pipe, a signal or a dead worker wakes it, and forks until enough
                 are idle, but never more than the limit of connections
 
-A worker that crashes is replaced; where they crash one after the other, later and later.
+A worker that crashes is replaced; where they crash as soon as they are there, later and later.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _EMPTY, _IDLE, _BUSY = b"\0", b"\1", b"\2"
 
 _CRASH_DELAY, _LONGEST_CRASH_DELAY = 0.25, 30.0  # seconds; doubled with each crash in a row
 _CALM = 60.0  # seconds without a crash after which the next one is a first one
+_YOUNG = 1.0  # seconds; who dies at that age, and not of a connection, can not work at all
 
 
 class Board:
@@ -51,6 +52,10 @@ class Board:
     def count(self, state: bytes) -> int:
         """How many workers are in a state."""
         return self._memory[self._FIRST : self._end].count(state)
+
+    def is_busy(self, place: int) -> bool:
+        """Whether the worker at a place serves a connection, or died of one."""
+        return self._memory[self._FIRST + place] == _BUSY[0]
 
     def mark(self, place: int, state: bytes) -> None:
         """Note the state of the worker at a place."""
@@ -154,6 +159,7 @@ class Pool:
         self._prepare = prepare
         self._tell = tell
         self._places: dict[int, int] = {}  # by process id
+        self._births: dict[int, float] = {}  # likewise
         self.predecessors: set[int] = set()
         self._hear, self._notify = os.pipe()
         os.set_blocking(self._hear, False)
@@ -214,23 +220,27 @@ class Pool:
             if place is None:
                 self.predecessors.discard(pid)
                 continue
+            age = time.monotonic() - self._births.pop(pid)
+            is_loop = age < _YOUNG and not self.board.is_busy(place)
             self.board.mark(place, _EMPTY)
             if status and not self.board.stopping:
-                self._note_crash(pid, status)
+                self._note_crash(pid, status, is_loop)
 
-    def _note_crash(self, pid: int, status: int) -> None:
-        now = time.monotonic()
-        self._crashes = self._crashes + 1 if now - self._last_crash < _CALM else 0
-        self._last_crash = now
+    def _note_crash(self, pid: int, status: int, is_loop: bool) -> None:
+        """Tell of a crash, and let the next worker wait if this looks like a loop of them."""
         if os.WIFSIGNALED(status):
             how = f"was killed by signal {os.WTERMSIG(status)}"
         else:
             how = f"ended with status {os.WEXITSTATUS(status)}"
-        # A few are replaced at once: they take no one else's connection with them.
-        delay = min(_CRASH_DELAY * 2 ** (self._crashes - 4), _LONGEST_CRASH_DELAY)
-        if self._crashes >= 4:
-            self._fork_at = now + delay
-            how += f"; no new ones for {delay:g} s"
+        if is_loop:
+            now = time.monotonic()
+            self._crashes = self._crashes + 1 if now - self._last_crash < _CALM else 0
+            self._last_crash = now
+            if self._crashes >= 4:  # a few may be chance
+                exponent = min(self._crashes - 4, 10)
+                delay = min(_CRASH_DELAY * 2**exponent, _LONGEST_CRASH_DELAY)
+                self._fork_at = now + delay
+                how += f"; no new ones for {delay:g} s"
         self._tell(f"warning: worker {pid} {how}")
 
     def _fork(self) -> bool:
@@ -251,6 +261,7 @@ class Pool:
         if not pid:
             self._become_worker(place)
         self._places[pid] = place
+        self._births[pid] = time.monotonic()
         return True
 
     def _become_worker(self, place: int) -> None:

@@ -36,6 +36,7 @@ HOME = b"/var/qmail"
 TIMEOUT = 1200
 """Seconds of silence after which a client is given up, where control/timeoutsmtpd says nothing."""
 
+_OUT_OF_MEMORY = "out of memory; is the memory limit too low?"
 _LARGEST_DATABYTES = 4294967294  # netqmail keeps it in 32 bits, and one less is its limit
 _LONGEST_TIMEOUT = 2_000_000  # seconds; what poll(2) takes, in milliseconds
 
@@ -62,6 +63,7 @@ class Resources:
             why = f"cannot change to {os.fsdecode(home)}: {error.strerror} (uid {os.geteuid()})"
             raise ControlError(why) from None
         self._home = home
+        self.files.refresh()  # those of another home are other files
 
 
 class Server(Effects):
@@ -179,7 +181,8 @@ class Server(Effects):
                 tls.check()
         except (ImportError, MemoryError, OSError) as error:
             # A memory limit too low for OpenSSL shows as a library that can not be mapped.
-            self.log("error", {"why": f"TLS not available: {error}; is the memory limit too low?"})
+            why = str(error) or "out of memory"
+            self.log("error", {"why": f"TLS not available: {why}; is the memory limit too low?"})
             return reply.tls_unavailable(b"not available")
         except tls.Unavailable as trouble:
             self.log("error", {"why": f"TLS not available: {trouble}"})
@@ -220,7 +223,7 @@ class Server(Effects):
         except TimedOut:
             why = "timeout"
         except (ConnectionLost, ImportError, MemoryError, OSError, tls.TlsError) as error:
-            why = str(error)
+            why = str(error) or _OUT_OF_MEMORY
         else:
             self.log("tls", {"result": "ok", **channel.facts()})
             return channel.cipher().encode()
@@ -356,9 +359,12 @@ def main() -> int:
         return serve(0, 1, environment(), arguments, Resources(ControlFiles()))
     except (ConnectionLost, TimedOut, KeyboardInterrupt):
         return 1
+    except MemoryError:
+        why = _OUT_OF_MEMORY
     except Exception as error:  # a defect: no traceback, as it could show what nobody may see
-        log.write("error", {"why": f"internal error: {log.where(error)}"})
-        return 1
+        why = f"internal error: {log.where(error)}"
+    log.write("error", {"why": why})  # here, where the memory that an exception held is free
+    return 1
 
 
 def environment() -> dict[bytes, bytes]:
@@ -378,5 +384,11 @@ def environment() -> dict[bytes, bytes]:
 
 
 def _tidy_descriptors() -> None:
-    """Close what was inherited beside 0, 1 and 2, so that no child gets it."""
+    """Close what was inherited beside 0, 1 and 2, so that no child gets it, and see that there is a
+    descriptor 2: a pipe of ours in its place would never end for the child that reads it.
+    """
     os.closerange(3, 1024)
+    try:
+        os.fstat(2)
+    except OSError:
+        os.dup2(os.open("/dev/null", os.O_WRONLY), 2)

@@ -49,6 +49,8 @@ class Wire:
         while not (data := self._tls.read()):
             if self._tls.ended:
                 raise ConnectionLost(self._tls.ended)
+            # There may be an answer, such as the alert that refuses to renegotiate.
+            self._send(self._tls.pending())
             self._tls.feed(self._receive(deadline - time.monotonic()))
         return data
 
@@ -78,9 +80,9 @@ class Wire:
         """End TLS, if it is on, with a close_notify; leave the descriptors as they were."""
         if self._tls is not None:
             try:
-                self._send(self._tls.close())
-            except (TimedOut, ConnectionLost):
-                pass  # that is what we are here for
+                os.write(self._write_fd, self._tls.close())
+            except OSError:
+                pass  # a client that is gone, or takes nothing, is not waited for
         if self._was_blocking:
             os.set_blocking(self._write_fd, True)
 

@@ -100,10 +100,8 @@ class Worker:
                     continue
                 served += 1
                 self._place.busy()
-                try:
-                    self._take(connection, remote)
-                finally:
-                    self._place.idle()
+                self._take(connection, remote)
+                self._place.idle()  # not if that failed: the parent is to see what it died of
 
     def _take(self, connection: socket.socket, remote: tuple[str, int]) -> None:
         """Serve an accepted connection, and tell of its start and its end."""
