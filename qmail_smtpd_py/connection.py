@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Connection:
     """The connection as tcpserver describes it in the environment (tcp-environ(5)).
 
-    `remote_info` and `relay_client` are None where their variables are unset: an empty value means
-    something else.
+    `remote_info`, `relay_client` and `local_port` are None where their variables are unset: an empty
+    value means something else.
     """
 
     __slots__ = (
@@ -35,7 +35,7 @@ class Connection:
         self.remote_info = environ.get(b"TCPREMOTEINFO")
         local_ip = environ.get(b"TCPLOCALIP", b"unknown")
         self.local = environ.get(b"TCPLOCALHOST", local_ip)
-        self.local_port = environ.get(b"TCPLOCALPORT", b"0")
+        self.local_port = environ.get(b"TCPLOCALPORT")
         self.relay_client = environ.get(b"RELAYCLIENT")
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     Parsed = TypeVar("Parsed")
-    Signature = tuple[int, int, int, int, int]
+    Signature = tuple[int, ...]
 
 DIRECTORY = "control/"
 
@@ -71,7 +71,7 @@ class ControlFiles:
         return self.load(name, entries)
 
     def open(self, name: str) -> int | None:
-        """A descriptor of the caller's own, or None if there is no such file; raises ControlError."""
+        """A descriptor for the caller, or None if there is no such file; raises ControlError."""
         try:
             return os.open(DIRECTORY + name, os.O_RDONLY)
         except FileNotFoundError:
@@ -131,11 +131,15 @@ class CachedControlFiles(ControlFiles):
 
 
 def signature(path: str) -> Signature | None:
-    """What changes when a file is changed or replaced (stat(2)); None if it can not be found."""
+    """What changes when a file is changed or replaced (stat(2)); None if there is none, which is
+    not the same as one that can not be reached.
+    """
     try:
         found = os.stat(path)
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        return (error.errno or 0,)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

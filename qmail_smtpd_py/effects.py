@@ -20,7 +20,7 @@ class ControlError(Exception):
 
 
 class Identity:
-    """Who the client is by now, as children see it: RELAYCLIENT and TCPREMOTEINFO, None for unset."""
+    """Who the client is by now, for children: RELAYCLIENT and TCPREMOTEINFO, None for unset."""
 
     __slots__ = ("relay_client", "remote_info")
 
@@ -75,7 +75,7 @@ class Effects:
         raise NotImplementedError
 
     def is_recipient_allowed(self, recipient: bytes) -> bool:
-        """Whether rcpthosts or morercpthosts.cdb have the recipient's domain; raises ControlError."""
+        """Whether rcpthosts or morercpthosts.cdb has the domain; raises ControlError."""
         raise NotImplementedError
 
     def localize(self, address: bytes) -> bytes:

@@ -33,7 +33,7 @@ def _parse(text: bytes) -> bytes | None:
 
 
 def _our_addresses() -> set[bytes]:
-    """The IPv4 addresses of the interfaces that are up (netdevice(7)); none if they are not told."""
+    """The IPv4 addresses of the interfaces that are up (netdevice(7)); none if nobody tells."""
     import socket
     from fcntl import ioctl
 

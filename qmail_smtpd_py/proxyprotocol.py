@@ -37,7 +37,7 @@ class Addresses:
 
 
 class Peers:
-    """The addresses and networks that PROXY headers are believed from: `192.0.2.1,2001:db8::/32`."""
+    """The addresses and networks that headers are believed from: `192.0.2.1,2001:db8::/32`."""
 
     def __init__(self, text: str) -> None:
         """Raises ValueError where the text is no such list."""

@@ -1,8 +1,8 @@
 """AUTH: what SMTPAUTH asks for, and the mechanisms PLAIN, LOGIN and CRAM-MD5 (RFC 4954).
 
 A mechanism is a generator: it yields a challenge, is sent the client's response as it stands in its
-line, and returns Credentials; it raises Malformed where a response is none.  It knows nothing of lines and replies,
-and it never decides who somebody is: that is the check program's part.
+line, and returns Credentials; it raises Malformed where a response is none.  It knows nothing of
+lines and replies, and it never decides who somebody is: that is the check program's part.
 
 Secrets live in Credentials and nowhere else.  Neither it nor an error of this module shows one.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Mechanism = Callable[["bytes | None", "Callable[[], bytes]"], Exchange]
 
 LINE_LIMIT = 12288
-"""Octets in a line of an exchange (RFC 4954 section 4.5.3.1), without its CR LF."""
+"""Octets in a line of an exchange (RFC 4954 section 4), without its CR LF."""
 
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 

@@ -103,7 +103,7 @@ class Session:
 
     def time_out(self) -> bytes:
         """The client was silent for too long; what it is told."""
-        self._close()
+        self._close(reply.TIMEOUT)
         return reply.TIMEOUT.render()
 
     def connection_lost(self) -> None:
@@ -113,12 +113,13 @@ class Session:
     def _reply(self, answer: Reply) -> None:
         self._replies.append(answer.render())
         if answer.final:
-            self._close()
+            self._close(answer)
 
-    def _close(self) -> None:
+    def _close(self, answer: Reply | None = None) -> None:
+        """End the session, and a message that is not whole with it; `answer` is why, if told."""
         message, self._message = self._message, None
         if message:
-            self._log_mail(message, "cut off")
+            self._log_mail(message, "cut-off", answer)
             message.delivery.cancel()
         self.state = CLOSED
         self._unread.discard()
@@ -186,8 +187,9 @@ class Session:
     # The transaction
 
     def _check_authorized(self) -> Reply | None:
-        required = self._settings.auth.required and self._user is None
-        return reply.AUTH_REQUIRED if required else None
+        if self._user is None and self._settings.auth.required:
+            return self._refuse(reply.AUTH_REQUIRED)
+        return None
 
     def _check_mail(self) -> Reply | None:
         return None if self._transaction else reply.MAIL_FIRST

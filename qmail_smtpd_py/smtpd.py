@@ -69,8 +69,8 @@ class Resources:
 class Server(Effects):
     """What a session may do, done for one connection.
 
-    Made in the qmail home; reads all control files that every session needs, and raises ControlError
-    where one is there and can not be read.
+    Made in the qmail home; reads the control files that every session needs, and raises
+    ControlError where one is there and can not be read.
     """
 
     def __init__(
@@ -179,14 +179,14 @@ class Server(Effects):
                 self._context = self._contexts.get(self._ciphers, self._asks_for_certificates())
             else:
                 tls.check()
-        except (ImportError, MemoryError, OSError) as error:
-            # A memory limit too low for OpenSSL shows as a library that can not be mapped.
-            why = str(error) or "out of memory"
-            self.log("error", {"why": f"TLS not available: {why}; is the memory limit too low?"})
+        except _NOT_LOADED as error:
+            self.log("error", {"why": f"TLS not available: {_why_not_loaded(error)}"})
             return reply.tls_unavailable(b"not available")
-        except tls.Unavailable as trouble:
-            self.log("error", {"why": f"TLS not available: {trouble}"})
-            return reply.tls_unavailable(trouble.what, trouble.reason.encode("ascii", "replace"))
+        except tls.TlsError as error:
+            self.log("error", {"why": f"TLS not available: {error}"})
+            if isinstance(error, tls.Unavailable):
+                return reply.tls_unavailable(error.what, error.reason.encode("ascii", "replace"))
+            return reply.tls_unavailable(b"not available")
         return None
 
     def preload(self) -> None:
@@ -222,8 +222,10 @@ class Server(Effects):
             wire.start_tls(channel)
         except TimedOut:
             why = "timeout"
-        except (ConnectionLost, ImportError, MemoryError, OSError, tls.TlsError) as error:
-            why = str(error) or _OUT_OF_MEMORY
+        except _NOT_LOADED as error:
+            why = _why_not_loaded(error)
+        except (ConnectionLost, tls.TlsError) as error:
+            why = str(error)
         else:
             self.log("tls", {"result": "ok", **channel.facts()})
             return channel.cipher().encode()
@@ -241,6 +243,17 @@ class Server(Effects):
         if self._channel is None or clients is None:
             return None, b""
         return self._channel.certified_address([client.lower() for client in clients])
+
+
+_NOT_LOADED = (ImportError, MemoryError, OSError, SystemError)
+"""What importing a library raises where it is not there, or memory runs out."""
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """What to do where a library could not be loaded."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"the module {error.name} is not installed; run make install again"
+    return f"{error}; {_OUT_OF_MEMORY}" if str(error) else _OUT_OF_MEMORY
 
 
 def _settings(
@@ -275,8 +288,8 @@ def serve(
     """Serve one connection; the exit status: 0 after QUIT, 1 in every other case.
 
     `arguments` are the check program and its own arguments; `environ` is that of tcp-environ(5),
-    with the variables of qmail-smtpd(8).  A connection that was handed over for TLS has `may_begin`:
-    it is called when the handshake could begin, and says whether it may.
+    with the variables of qmail-smtpd(8).  A connection handed over for TLS has `may_begin`: it is
+    called when the handshake could begin, and says whether it may.
     """
     wire = Wire(read_fd, write_fd, TIMEOUT)
     server = None
@@ -311,7 +324,8 @@ def _converse(wire: Wire, server: Server, may_begin: Callable[[], bool] | None) 
     """Run the session to its end, whatever that is; the exit status."""
     connection = server.connection
     if not may_begin:
-        server.log("connect", {"host": connection.remote_host, "local": connection.local})
+        ends = {"host": connection.remote_host, "local": connection.local}
+        server.log("connect", {**ends, "port": connection.local_port})
     session = Session(connection, server.settings, server)
     try:
         why = _dialogue(wire, server, session, may_begin)

@@ -109,7 +109,7 @@ def _sane(text: bytes, longest: int) -> bytes | None:
 
 
 def ident(ends: Addresses, seconds: float) -> bytes | None:
-    """Ask the client's host who has the connection (RFC 1413); None where it does not say in time."""
+    """Ask the client's host who has the connection (RFC 1413); None if it does not say in time."""
     deadline = time.monotonic() + seconds
     family = socket.AF_INET6 if ":" in ends.remote_ip else socket.AF_INET
     try:

@@ -152,7 +152,7 @@ class Context:
                 self.warnings.append(f"{DH_PARAMETERS}: {_reason(error)}")
 
     def _ask_for_certificate(self) -> None:
-        """Ask clients for a certificate of one of our authorities, and note what is wrong with it."""
+        """Ask clients for a certificate of one of our authorities."""
         from OpenSSL import SSL
 
         try:
@@ -176,15 +176,16 @@ class Context:
 
         with open(REVOCATIONS, "rb") as file:
             lists = file.read().split(_END_OF_LIST)[:-1]
+        if not lists:
+            raise ValueError("no certificate revocation list in it")
         store = self.ssl.get_cert_store()
         assert store is not None  # a context has one
         for text in lists:
             store.add_crl(x509.load_pem_x509_crl(text + _END_OF_LIST))
-        if lists:
-            store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
+        store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
 
 
-_END_OF_LIST = b"-----END X509 CRL-----\n"
+_END_OF_LIST = b"-----END X509 CRL-----"
 
 _VERIFY_ERRORS = {
     3: "unable to get certificate CRL",
@@ -330,8 +331,15 @@ class Channel:
             return None, ""
         if self._problems:
             return None, self._problems[0]
-        address: str | None = certificate.get_subject().emailAddress
-        return address, "" if address else "contains no email address"
+        from cryptography.x509.oid import NameOID
+
+        try:
+            subject = certificate.to_cryptography().subject
+        except ValueError:
+            return None, "malformed"
+        for attribute in subject.get_attributes_for_oid(NameOID.EMAIL_ADDRESS):
+            return str(attribute.value), ""
+        return None, "contains no email address"
 
 
 def _rehearse(context: Context) -> None:

@@ -26,7 +26,7 @@ def safe(text: bytes) -> bytes:
 
 
 def date(now: int) -> bytes:
-    """A time, in seconds since 1970, as RFC 5322 section 3.3 has it, in UTC as qmail always does."""
+    """A time, in seconds since 1970, as RFC 5322 section 3.3 has it, in UTC as qmail has it."""
     at = time.gmtime(now)
     month = _MONTHS[at.tm_mon - 1]
     clock = b"%02d:%02d:%02d" % (at.tm_hour, at.tm_min, at.tm_sec)

@@ -18,6 +18,9 @@ PIECE = 65536
 """Octets that are read at most at a time."""
 
 
+HUNG_UP = "hung up"
+
+
 class TimedOut(Exception):
     """The client was silent, or took nothing, for longer than timeoutsmtpd."""
 
@@ -101,7 +104,7 @@ class Wire:
             except OSError as error:
                 raise ConnectionLost(error.strerror) from None
             if not data:
-                raise ConnectionLost("hung up")
+                raise ConnectionLost(HUNG_UP)
             return data
 
     def _send(self, data: bytes) -> None:
@@ -113,6 +116,8 @@ class Wire:
             except BlockingIOError:
                 deadline = deadline or self._deadline()
                 self._wait_to_write(deadline - time.monotonic())
+            except BrokenPipeError:
+                raise ConnectionLost(HUNG_UP) from None
             except OSError as error:
                 raise ConnectionLost(error.strerror) from None
 

@@ -89,7 +89,7 @@ def test_a_client_that_goes_away_in_the_middle_of_a_message(start):
         client.say("DATA")
         client.type("Subject: half a message\n\n")
     mail, disconnect = service.events()[1:]
-    assert (mail["result"], mail["from"], mail["to"]) == ("cut off", SENDER, RECIPIENT)
+    assert (mail["result"], mail["from"], mail["to"]) == ("cut-off", SENDER, RECIPIENT)
     assert "code" not in mail.fields
     assert disconnect["why"] == "hung up"
     assert deliveries(service.home.maildir) == []

@@ -1,0 +1,83 @@
+"""A revoked client certificate never counts, whatever clientcrl.pem looks like."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+SSL = pytest.importorskip("OpenSSL.SSL")
+
+from qmail_smtpd_py import tls  # noqa: E402
+
+FIXTURES = Path(__file__).parent / "conformance" / "fixtures"
+CLIENTS = [b"alice@clients.example", b"dave@clients.example"]
+CRL = (FIXTURES / "client-crl.pem").read_bytes()
+
+LISTS = {
+    "as it was made": CRL,
+    "without a newline at its end": CRL.rstrip(b"\n"),
+    "with CR LF": CRL.replace(b"\n", b"\r\n"),
+    "with blanks at line ends": CRL.replace(b"-----\n", b"----- \n"),
+    "twice": CRL + CRL,
+    "with text around it": b"issued today\n" + CRL + b"\nend\n",
+}
+BROKEN = {
+    "empty": b"",
+    "no list": b"nothing revoked\n",
+    "cut off": CRL[: len(CRL) // 2],
+    "not base64": CRL.replace(b"M", b"!"),
+}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A qmail home whose control files ask for client certificates."""
+    control = tmp_path / "control"
+    control.mkdir()
+    shutil.copy(FIXTURES / "server-rsa.pem", control / "servercert.pem")
+    shutil.copy(FIXTURES / "client-ca.pem", control / "clientca.pem")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def certified(certificate: str) -> bytes | None:
+    """The address that a client with the certificate is known by after a handshake."""
+    channel = tls.Channel(tls.Context([], ask_client=True))
+    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    context.use_certificate_chain_file(os.fspath(FIXTURES / certificate))
+    context.use_privatekey_file(os.fspath(FIXTURES / certificate))
+    client = SSL.Connection(context, None)
+    client.set_connect_state()
+    for _ in range(4):
+        try:
+            client.do_handshake()
+        except SSL.WantReadError:
+            pass
+        channel.feed(client.bio_read(65536))
+        if channel.handshake():
+            return channel.certified_address(CLIENTS)[0]
+        client.bio_write(channel.pending())
+    pytest.fail("no end of the handshake")
+
+
+@pytest.mark.parametrize("text", LISTS.values(), ids=LISTS)
+def test_what_is_revoked_does_not_count_and_the_rest_does(home, text):
+    (home / "control" / "clientcrl.pem").write_bytes(text)
+    assert certified("client-revoked.pem") is None
+    assert certified("client-alice.pem") == b"alice@clients.example"
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_with_a_list_that_is_none_nobody_counts_and_the_log_says_so(home, text):
+    (home / "control" / "clientcrl.pem").write_bytes(text)
+    assert certified("client-revoked.pem") is None
+    assert certified("client-alice.pem") is None
+    (warning,) = tls.Context([], ask_client=True).warnings
+    assert warning.startswith("control/clientcrl.pem: ")
+
+
+def test_without_a_list_nobody_is_revoked(home):
+    assert certified("client-revoked.pem") == b"dave@clients.example"
