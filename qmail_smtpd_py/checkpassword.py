@@ -1,8 +1,8 @@
 """The check program: who somebody is, is decided by a program with checkpassword's interface.
 
 It reads `user \\0 password \\0` from descriptor 3, and the challenge as a third field where
-SMTPAUTH names CRAM-MD5, and answers by its exit status.  Of ours it gets nothing else: /dev/null for input,
-the log for output, and no other descriptor; what it leaves running delays nothing.
+SMTPAUTH names CRAM-MD5, and answers by its exit status.  Of ours it gets nothing else: /dev/null
+for input, the log for output, and no other descriptor; what it leaves running delays nothing.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Connection:
     """The connection as tcpserver describes it in the environment (tcp-environ(5)).
 
-    `remote_info`, `relay_client` and `local_port` are None where their variables are unset: an empty
-    value means something else.
+    `remote_info`, `relay_client` and `local_port` are None where their variables are unset: an
+    empty value means something else.
     """
 
     __slots__ = (
