@@ -77,10 +77,10 @@ def _octets(value: object) -> bytes:
 
 
 def _escape(value: bytes) -> bytes:
-    cut = value[:_VALUE_LIMIT]
-    if cut and not cut.translate(None, _PLAIN):
-        escaped = cut
-    else:
-        octets = (b"%c" % octet if octet in _QUOTABLE else b"\\x%02x" % octet for octet in cut)
-        escaped = b'"%s"' % b"".join(octets)
-    return escaped if len(value) == len(cut) else escaped + b"...(%d octets)" % len(value)
+    """The value as it stands in a line; of one that is too long, its start and its length."""
+    if value and len(value) <= _VALUE_LIMIT and not value.translate(None, _PLAIN):
+        return value
+    start = value[:_VALUE_LIMIT]
+    octets = (b"%c" % octet if octet in _QUOTABLE else b"\\x%02x" % octet for octet in start)
+    rest = b"" if len(start) == len(value) else b"...(%d octets)" % len(value)
+    return b'"%s%s"' % (b"".join(octets), rest)

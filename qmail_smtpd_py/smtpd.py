@@ -245,7 +245,7 @@ class Server(Effects):
         return self._channel.certified_address([client.lower() for client in clients])
 
 
-_NOT_LOADED = (ImportError, MemoryError, OSError, SystemError)
+_NOT_LOADED = (ImportError, MemoryError, OSError, RuntimeError, SystemError)
 """What importing a library raises where it is not there, or memory runs out."""
 
 
@@ -405,4 +405,4 @@ def _tidy_descriptors() -> None:
     try:
         os.fstat(2)
     except OSError:
-        os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
+        os.set_inheritable(os.open("/dev/null", os.O_WRONLY), True)  # the lowest that is free

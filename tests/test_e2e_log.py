@@ -47,7 +47,8 @@ def test_story_of_a_session(start, check):
     assert {(event.pid, event["ip"]) for event in events} == {(int(pid), RELAY)}
     assert all(set(event.fields) <= documented(event.name) for event in events)
     connect, tls, auth, mail, disconnect = (event.fields for event in events)
-    assert connect == {"ip": RELAY, "host": "unknown", "local": NAME}
+    wanted = {"ip": RELAY, "host": "unknown", "local": NAME}
+    assert wanted.items() <= connect.items()
     assert (tls["result"], tls["version"], tls["cert"]) == ("ok", "TLSv1.3", "none")
     assert int(tls["bits"]) >= 128
     assert (auth["result"], auth["mechanism"], auth["user"]) == ("ok", "LOGIN", USER)

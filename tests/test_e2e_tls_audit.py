@@ -34,7 +34,7 @@ def scan(service, report, *options):
     (openssl,) = need("openssl")
     quiet = ["--quiet", "--color", "0", "--warnings", "off", "--nodns", "none"]
     command = [program, *quiet, "--openssl", openssl, "--jsonfile", report, *options]
-    ended = run([*command, f"{ADDRESS}:{service.port}"])
+    ended = run([*command, f"{ADDRESS}:{service.port}"], timeout=240)  # 30 on an idle host
     assert report.exists(), ended.output
     findings = json.loads(report.read_text())
     return {finding["id"]: (finding["severity"], finding["finding"]) for finding in findings}

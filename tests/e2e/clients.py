@@ -31,13 +31,13 @@ class Run(NamedTuple):
     output: str
 
 
-def run(command, **options):
-    """Run a client to its end."""
+def run(command, timeout=_PATIENCE, **options):
+    """Run a client to its end, for which it has `timeout` seconds."""
     ended = subprocess.run(
         [str(word) for word in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=_PATIENCE,
+        timeout=timeout,
         check=False,
         **{"stdin": subprocess.DEVNULL, **options},
     )
@@ -69,7 +69,7 @@ def swaks_auth(mechanism, user, password):
 
 
 def curl(service, letter, *options, scheme="smtp", **how):
-    """curl."""
+    """curl, with a letter or, where there is none, what the options say."""
     (program,) = need("curl")
     url = f"{scheme}://{ADDRESS}:{service.port}/{HELO}"
     envelope = ["--mail-from", SENDER, "--mail-rcpt", RECIPIENT]
@@ -86,8 +86,7 @@ def curl_auth(mechanism, user, password):
 def msmtp(service, letter, *options):
     """msmtp, which has the TLS of GnuTLS; without a configuration of anyone's."""
     (program,) = need("msmtp")
-    server = ["--host", ADDRESS, "--port", service.port, "--domain", HELO, "--timeout", 60]
-    server = [f"{name}={value}" for name, value in zip(server[::2], server[1::2])]
+    server = [f"--host={ADDRESS}", f"--port={service.port}", f"--domain={HELO}", "--timeout=60"]
     home = {**os.environ, "HOME": str(letter.path.parent)}
     with open(letter.path, "rb") as message:
         command = [program, "--debug", *server, f"--from={SENDER}", *options, "--", RECIPIENT]
@@ -137,27 +136,24 @@ def _version(interpreter):
 
 
 def smtp_source(service, *options):
-    """Postfix's smtp-source, which takes no address of a client but names none of ours."""
+    """Postfix's smtp-source: as many messages and sessions as the options say, in clear."""
     (program,) = need("smtp-source")
     envelope = ["-f", SENDER, "-t", RECIPIENT, "-M", HELO]
     return run([program, *envelope, *options, f"{ADDRESS}:{service.port}"])
 
 
 def s_client(service, *options, starttls=True):
-    """openssl s_client, to be typed into; -quiet, or lines with R and Q would be its own."""
+    """openssl s_client, to be typed into.
+
+    Without -quiet or -ign_eof, lines that begin with K, Q or R are commands of its own.
+    """
     (program,) = need("openssl")
     how = ["-starttls", "smtp", "-name", HELO] if starttls else []
     connect = ["-connect", f"{ADDRESS}:{service.port}", "-crlf"]
     return Conversation([program, "s_client", *how, *connect, *options])
 
 
-def netcat(service, source=ADDRESS):
+def netcat(service):
     """nc, to be typed into."""
     (program,) = need("nc")
-    return Conversation([program, "-C", "-s", source, ADDRESS, service.port])
-
-
-def telnet(service):
-    """telnet, to be typed into."""
-    (program,) = need("telnet")
-    return Conversation([program, ADDRESS, service.port], ends_by_itself=True)
+    return Conversation([program, "-C", ADDRESS, service.port])

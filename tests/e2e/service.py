@@ -195,7 +195,11 @@ class Service:
         assert "Traceback" not in text or "Fatal Python error" in text, text
 
     def __enter__(self):
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self._signal(signal.SIGKILL)
+            raise
 
     def __exit__(self, *_):
         self.stop()
@@ -242,19 +246,18 @@ class ShippedService(Service):
 
     def _on_this_host(self, text):
         """A run file with our directories and users, on a free port of loopback, without DNS."""
-        text = text.replace("#!/bin/sh\n", f"#!/bin/sh\nexport QMAILHOME={self.home.path}\n")
-        text = text.replace("/var/qmail/", f"{self.home.path}/")
-        text = re.sub(r"/etc/tcp\.\w+\.cdb", str(self.rules), text)
-        text = re.sub(
-            r"tcpserver -v (.*) 0 \d+ ", r"tcpserver -1 -H -v \1 127.0.0.1 0 ", _joined(text)
-        )
-        text = text.replace("/usr/local/qmail-smtpd-py/bin", str(self.home.programs))
-        text = re.sub(
-            r"multilog t (.*) /var/log/\S+", rf"multilog t e \1 {self.logged} 2>\&1", text
-        )
-        if os.getuid() != 0:
-            text = re.sub(r"setuidgid \w+|-u \S+ -g \S+|QMAILDUID=.*|NOFILESGID=.*", "", text)
-        return re.sub(r"\bqmaild\b", mail_user().pw_name, text)
+        text = text.replace("\\\n", "")
+        for pattern, new in (
+            (r"^#!/bin/sh\n", f"#!/bin/sh\nexport QMAILHOME={self.home.path}\n"),
+            (r"/var/qmail/", f"{self.home.path}/"),
+            (r"/etc/tcp\.\w+\.cdb", str(self.rules)),
+            (r"/usr/local/qmail-smtpd-py/bin", str(self.home.programs)),
+            (r"tcpserver -v (.*) 0 \d+ ", rf"tcpserver -1 -H -v \1 {ADDRESS} 0 "),
+            (r"multilog t (.*) /var/log/\S+", rf"multilog t e \1 {self.logged} 2>&1"),
+            (r"\bqmail[dl]\b", mail_user().pw_name),
+        ):
+            text = re.sub(pattern, new, text)
+        return text if os.getuid() == 0 else re.sub(r"setuidgid \w+|-u \S+ -g \S+", "", text)
 
     def restart(self):
         """Have supervise end tcpserver and start it again, with a port of its own."""
@@ -269,10 +272,6 @@ class ShippedService(Service):
     def _tell_to_end(self):
         self.svc("-dx")
         self.svc("-dx", "log")
-
-
-def _joined(text):
-    return text.replace("\\\n", "")
 
 
 def _write_run(directory, text):
