@@ -67,10 +67,10 @@ bench: .venv/run
 	.venv/bin/python bench/memory_limit.py --program .venv/bin/qmail-smtpd
 
 install: venv-module
-	@DESTDIR=$(DESTDIR) $(PYTHON) setup/install.py install $(PREFIX)
+	@DESTDIR='$(DESTDIR)' $(PYTHON) setup/install.py install '$(PREFIX)'
 
 uninstall: python
-	@DESTDIR=$(DESTDIR) $(PYTHON) setup/install.py uninstall $(PREFIX)
+	@DESTDIR='$(DESTDIR)' $(PYTHON) setup/install.py uninstall '$(PREFIX)'
 
 cert cert-req: export QMAIL := $(QMAIL)
 cert cert-req: export HOST := $(HOST)

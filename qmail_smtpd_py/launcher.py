@@ -68,7 +68,7 @@ class Program:
 PROGRAMS = {
     "qmail-smtpd": Program(
         "smtpd",
-        late=("qmail_queue", "checkpassword"),
+        late=("qmail_queue",),
         trouble=1,
         reply=reply.OUT_OF_MEMORY.render(),
     ),

@@ -176,7 +176,8 @@ def _fill(environment: Path) -> Path:
     try:
         _run(sys.executable, "-I", "-m", "venv", environment)
         with tempfile.TemporaryDirectory() as directory:
-            _run(python, "-I", "-m", "pip", "install", "--quiet", _source(Path(directory)))
+            source = f"{_source(Path(directory))}[daemon]"
+            _run(python, "-I", "-m", "pip", "install", "--quiet", source)
         launchers.mkdir()
         _run(python, "-I", "-X", "no_debug_ranges", "-m", "qmail_smtpd_py.launcher", launchers)
     except BaseException:

@@ -1,0 +1,322 @@
+"""make install and make uninstall, and the way to it and back from a qmail that is there.
+
+Installing needs the network, or what pip has kept of it, and some ten seconds, so that the tests of
+one installation are few and share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from importlib.util import cache_from_source
+from pathlib import Path
+
+import pytest
+from conformance.program import ROOT, Program
+from conformance.stage import Stage
+from e2e.programs import as_mail_user, need
+
+pytestmark = pytest.mark.xdist_group("install")
+
+INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+PROGRAMS = {path.stem for path in ROOT.glob("man/*.8")}
+SERVICES = {
+    f"{name}/{run}" for name in ("smtp", "submission", "smtps") for run in ("run", "log/run")
+}
+
+
+def make(target: str, prefix: Path, **variables: object) -> str:
+    """Run make, and return what it says."""
+    done = run_make(target, prefix, **variables)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def run_make(target: str, prefix: Path, **variables: object) -> subprocess.CompletedProcess[str]:
+    need("make")
+    words = [f"{name}={value}" for name, value in variables.items()]
+    return subprocess.run(
+        ["make", "--silent", target, f"PREFIX={prefix}", f"PYTHON={INTERPRETER}", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An installation, which no test changes."""
+    directory = tmp_path_factory.mktemp("usr") / "qmail smtpd"
+    make("install", directory)
+    return directory
+
+
+@pytest.fixture
+def own_prefix(prefix: Path, tmp_path: Path) -> Path:
+    """An installation that a test can change: a copy, whose programs are those of the first."""
+    return Path(shutil.copytree(prefix, tmp_path / "own", symlinks=True))
+
+
+def files(prefix: Path) -> set[str]:
+    """The files of an installation, without those of its virtual environments."""
+    found = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if not path.is_dir()}
+    return {name for name in found if not name.startswith("venv/")}
+
+
+def session(stage: Stage, program: Path, dialogue: bytes = b"QUIT\r\n") -> bytes:
+    """What a program says to this, if it ends as it should."""
+    with Program(stage, command=[str(program)]) as running:
+        running.client.send(dialogue)
+        said = running.client.read_to_end()
+        assert running.wait() == 0
+    return said
+
+
+@pytest.fixture(autouse=True)
+def me(stage: Stage) -> None:
+    stage.control({"me": "mx.example.org\n"})
+
+
+GREETING = b"220 mx.example.org ESMTP\r\n"
+GOODBYE = b"221 mx.example.org\r\n"
+
+
+# What is installed
+
+
+def test_what_is_installed(prefix: Path) -> None:
+    programs = {f"bin/{name}" for name in PROGRAMS}
+    pages = {f"man/man8/{name}.8" for name in PROGRAMS}
+    assert files(prefix) == programs | pages | SERVICES | {"installed"}
+    assert {"bin/qmail-smtpd", "man/man8/qmail-smtpd.8", "run/smtp/log/run"} <= files(prefix)
+
+
+def test_the_checkout_has_no_traces_of_it(prefix: Path) -> None:
+    assert not (ROOT / "build").exists()
+
+
+def test_a_session(stage: Stage, prefix: Path) -> None:
+    assert session(stage, prefix / "bin/qmail-smtpd") == GREETING + GOODBYE
+
+
+def test_all_code_is_compiled(prefix: Path) -> None:
+    (package,) = prefix.glob("venv/1/lib/*/site-packages/qmail_smtpd_py")
+    sources = list(package.glob("*.py"))
+    assert {path.name for path in sources} == {
+        path.name for path in (ROOT / "qmail_smtpd_py").glob("*.py")
+    }
+    for source in sources:
+        assert Path(cache_from_source(str(source))).stat().st_mtime >= source.stat().st_mtime
+
+
+def test_others_can_read_all_and_write_nothing(prefix: Path) -> None:
+    for path in (prefix, *prefix.rglob("*")):
+        status = path.lstat()
+        assert status.st_uid == os.getuid()
+        if not path.is_symlink():
+            mode = stat.S_IMODE(status.st_mode)
+            assert mode & 0o022 == 0, path
+            assert mode & 0o044 == 0o044, path
+            if path.is_dir():
+                assert mode & 0o011 == 0o011, path
+
+
+@pytest.mark.skipif("QMAIL_SMTPD" not in os.environ, reason="it is make test that installs for all")
+def test_the_mail_user_can_run_it_and_write_nothing() -> None:
+    program = Path(os.environ["QMAIL_SMTPD"])
+    assert as_mail_user([program], env={"QMAILHOME": "/nonexistent"}).stdout.startswith(b"421 ")
+    find = ["find", program.parent.parent, "-writable", "-not", "-type", "l"]
+    if os.getuid() == 0:
+        assert as_mail_user(find).stdout == b""
+
+
+def test_run_files_have_the_prefix(prefix: Path) -> None:
+    for path in (prefix / "run").rglob("*"):
+        if path.is_file():
+            text = path.read_text()
+            assert "/usr/local/qmail-smtpd-py" not in text
+            assert os.access(path, os.X_OK) == (path.name == "run")
+    assert f"{prefix}/bin/checkpassword-users /bin/true" in (prefix / "run/smtps/run").read_text()
+
+
+def test_manual_pages_are_found(prefix: Path) -> None:
+    for name in PROGRAMS:
+        assert (prefix / f"man/man8/{name}.8").read_bytes() == (ROOT / f"man/{name}.8").read_bytes()
+
+
+# A new version
+
+
+class Sessions(threading.Thread):
+    """Clients who come one after the other until `end`; `failed` is what one of them saw."""
+
+    def __init__(self, stage: Stage, program: Path) -> None:
+        super().__init__()
+        self._stage, self._program = stage, program
+        self._ending = threading.Event()
+        self.count = 0
+        self.failed: object = None
+
+    def run(self) -> None:
+        while not self._ending.is_set() and self.failed is None:
+            done = subprocess.run(
+                [self._program],
+                input=b"QUIT\r\n",
+                capture_output=True,
+                env=self._stage.env,
+                check=False,
+            )
+            self.count += 1
+            if done.stdout != GREETING + GOODBYE or done.returncode:
+                self.failed = done
+
+    def __enter__(self) -> Sessions:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self.join()
+
+
+def list_file(prefix: Path, name: str, content: bytes) -> Path:
+    """Write a file as if it had been installed."""
+    path = prefix / name
+    path.write_bytes(content)
+    with (prefix / "installed").open("a") as listed:
+        listed.write(f"{hashlib.sha256(content).hexdigest()}  {name}\n")
+    return path
+
+
+def test_new_versions_while_sessions_run(stage: Stage, own_prefix: Path) -> None:
+    program = own_prefix / "bin/qmail-smtpd"
+    gone = list_file(own_prefix, "man/man8/gone.8", b"a page that the new version has not\n")
+    changed = own_prefix / "run/smtp/run"
+    changed.write_text("#!/bin/sh\nexec tcpserver ...\n")
+    said = make("install", own_prefix)
+    assert f"kept {changed}, which was changed" in said
+    assert changed.read_text() == "#!/bin/sh\nexec tcpserver ...\n"
+    assert f"{own_prefix}/venv/2/" in program.read_text()
+    assert not gone.exists()
+    with Program(stage, command=[str(program)]) as old, Sessions(stage, program) as others:
+        assert old.client.reply() == GREETING.decode().strip()
+        make("install", own_prefix)
+        # A module that the old session has not loaded yet, and finds as it was.
+        assert old.client.command(b"MAIL FROM:<u@[127.0.0.1]>") == "250 ok"
+        old.client.send(b"QUIT\r\n")
+        assert old.wait() == 0
+    assert others.failed is None
+    assert others.count > 10
+    assert f"{own_prefix}/venv/3/" in program.read_text()
+    assert {path.name for path in (own_prefix / "venv").iterdir()} == {"2", "3"}
+
+
+def test_an_installation_that_fails_changes_nothing(
+    stage: Stage, own_prefix: Path, tmp_path: Path
+) -> None:
+    before = {name: (own_prefix / name).read_bytes() for name in files(own_prefix)}
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    environ = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(nothing)}
+    done = subprocess.run(
+        ["make", "--silent", "install", f"PREFIX={own_prefix}", f"PYTHON={INTERPRETER}"],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "nothing was changed" in done.stderr
+    assert {name: (own_prefix / name).read_bytes() for name in files(own_prefix)} == before
+    assert [path.name for path in (own_prefix / "venv").iterdir()] == ["1"]
+
+
+def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    theirs = tmp_path / "bin/qmail-smtpd"
+    theirs.parent.mkdir()
+    theirs.write_text("netqmail's\n")
+    done = run_make("install", tmp_path)
+    assert done.returncode != 0
+    assert f"{theirs} is there, and not ours: choose another PREFIX" in done.stdout
+    assert [path.name for path in theirs.parent.iterdir()] == ["qmail-smtpd"]
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_root_directory_of_a_package(tmp_path: Path) -> None:
+    make("install", Path("/usr/local/qmail-smtpd-py"), DESTDIR=tmp_path)
+    installed = tmp_path / "usr/local/qmail-smtpd-py"
+    for name in PROGRAMS:
+        text = (installed / "bin" / name).read_text()
+        assert str(tmp_path) not in text
+        assert "'/usr/local/qmail-smtpd-py/venv/1/" in text
+    make("uninstall", Path("/usr/local/qmail-smtpd-py"), DESTDIR=tmp_path)
+    assert not installed.exists()
+
+
+# Removing it
+
+
+def test_uninstall_leaves_nothing(own_prefix: Path) -> None:
+    assert make("uninstall", own_prefix) == ""
+    assert not own_prefix.exists()
+    again = run_make("uninstall", own_prefix)
+    assert again.returncode != 0
+    assert "nothing is installed" in again.stdout
+
+
+def test_uninstall_leaves_files_of_others(own_prefix: Path) -> None:
+    changed = own_prefix / "run/smtp/run"
+    changed.write_text("#!/bin/sh\nexec tcpserver ...\n")
+    theirs = own_prefix / "bin/theirs"
+    theirs.write_text("theirs\n")
+    said = make("uninstall", own_prefix)
+    assert f"kept {changed}, which was changed" in said
+    assert files(own_prefix) == {"run/smtp/run", "bin/theirs"}
+    assert not (own_prefix / "venv").exists()
+    assert not (own_prefix / "man").exists()
+
+
+# Instead of the program of a qmail
+
+
+@pytest.fixture
+def qmail(tmp_path: Path) -> Path:
+    """Where a qmail could be, with a program that greets as qmail-smtpd does."""
+    directory = tmp_path / "qmail"
+    (directory / "bin").mkdir(parents=True)
+    program = directory / "bin/qmail-smtpd"
+    program.write_text("#!/bin/sh\necho 220 netqmail\n")
+    program.chmod(0o755)
+    return directory
+
+
+def commands(qmail: Path, prefix: Path) -> Iterator[str]:
+    """The commands in the README that put a link in the place of a qmail's program, and back."""
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if re.match(r"    (cp|ln|mv) .*/var/qmail/bin/qmail-smtpd\b", line):
+            line = line.replace("/usr/local/qmail-smtpd-py", f"'{prefix}'")
+            yield line.strip().replace("/var/qmail", str(qmail))
+
+
+def test_the_way_to_it_and_back(stage: Stage, qmail: Path, prefix: Path) -> None:
+    program = qmail / "bin/qmail-smtpd"
+    theirs = program.read_bytes()
+    save, link, restore = commands(qmail, prefix)
+    assert session(stage, program) == b"220 netqmail\n"
+    for command in (save, link):
+        subprocess.run(command, shell=True, check=True)
+    assert session(stage, program) == GREETING + GOODBYE
+    subprocess.run(restore, shell=True, check=True)
+    assert session(stage, program) == b"220 netqmail\n"
+    assert program.read_bytes() == theirs
+    assert [path.name for path in (qmail / "bin").iterdir()] == ["qmail-smtpd"]

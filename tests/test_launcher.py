@@ -1,0 +1,218 @@
+"""Launchers and start-up images: the programs as they are installed, made from this checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import marshal
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType
+
+import pytest
+from conformance.program import ROOT, Program
+from conformance.stage import Stage
+
+from qmail_smtpd_py.launcher import PROGRAMS, TOOLS
+
+PACKAGE = ROOT / "qmail_smtpd_py"
+SKIP = len(importlib.util.MAGIC_NUMBER)
+
+OS = {"os", "posixpath", "genericpath", "stat", "_stat", "_collections_abc"}
+PLAIN = {"select", *OS}
+"""What connect, EHLO, QUIT imports beyond what every interpreter has."""
+
+
+@pytest.fixture(scope="module")
+def launchers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the launchers of this checkout."""
+    directory = tmp_path_factory.mktemp("launchers")
+    write_launchers(directory)
+    return directory
+
+
+def write_launchers(directory: Path) -> None:
+    module = [sys.executable, "-X", "no_debug_ranges", "-m", "qmail_smtpd_py.launcher"]
+    subprocess.run([*module, directory], cwd=ROOT, check=True)
+
+
+@pytest.fixture
+def copied(launchers: Path, tmp_path: Path) -> Path:
+    """The same, for a test that damages them."""
+    directory = tmp_path / "launchers"
+    directory.mkdir()
+    write_launchers(directory)
+    return directory
+
+
+def entries(launchers: Path, name: str) -> list[tuple[str, dict[str, object], CodeType]]:
+    found = marshal.loads((launchers / f"{name}.image").read_bytes()[SKIP:])
+    assert isinstance(found, list)
+    return found
+
+
+def functions(code: CodeType) -> Iterator[tuple[object, ...]]:
+    """All functions, classes and comprehensions in the code, as what they are and do."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            simple = [item for item in constant.co_consts if not isinstance(item, CodeType)]
+            yield constant.co_name, constant.co_code, constant.co_names, simple
+            yield from functions(constant)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_image_has_the_code_of_the_modules(name: str, launchers: Path) -> None:
+    for _, facts, code in entries(launchers, name):
+        path = Path(str(facts["__file__"]))
+        assert path.parent == PACKAGE
+        expected = compile(path.read_bytes(), path, "exec", dont_inherit=True, optimize=2)
+        assert list(functions(code)) == list(functions(expected))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_image_has_all_modules_that_the_program_starts_with(name: str, launchers: Path) -> None:
+    wanted = ", ".join((PROGRAMS[name].main, *PROGRAMS[name].late))
+    code = f"import sys; from qmail_smtpd_py import {wanted}; print(*sys.modules)"
+    command = [sys.executable, "-IS", "-c", f"import sys; sys.path.append({str(ROOT)!r}); {code}"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    names = {module for module in loaded if module.startswith("qmail_smtpd_py")}
+    assert {module for module, _, _ in entries(launchers, name)} == names
+
+
+def test_an_image_is_read_without_docstrings_and_assertions(launchers: Path) -> None:
+    for _, _, code in entries(launchers, "qmail-smtpd"):
+        assert all("AssertionError" not in names for _, _, names, _ in functions(code))
+    assert b"Theory of operation" in (PACKAGE / "session.py").read_bytes()
+    assert b"Theory of operation" not in (launchers / "qmail-smtpd.image").read_bytes()
+
+
+@pytest.mark.parametrize("name", [*PROGRAMS, *TOOLS])
+def test_a_launcher_names_the_interpreter_itself(name: str, launchers: Path) -> None:
+    first = (launchers / name).read_text().splitlines()[0]
+    interpreter, flags = first[2:].split(" ")
+    assert flags == "-IS"
+    assert not os.path.islink(interpreter)
+    assert os.path.samefile(interpreter, sys.executable)
+
+
+def test_every_program_of_the_checkout_has_a_launcher(launchers: Path) -> None:
+    programs = {path.name for path in (ROOT / "bin").iterdir()}
+    assert {path.name for path in launchers.iterdir() if path.suffix != ".image"} == programs
+
+
+def imported(stage: Stage, launcher: Path, dialogue: bytes = b"EHLO a\r\n") -> set[str]:
+    """What a session looks for and imports, beyond what every interpreter has."""
+    interpreter = launcher.read_text().split()[0][2:]
+    stage.control({"me": "mx.example.org\n"})
+    command = [interpreter, "-X", "importtime", "-IS", str(launcher)]
+    with Program(stage, command=command) as program:
+        program.client.send(dialogue + b"QUIT\r\n")
+        assert program.client.read_to_end().endswith(b"221 mx.example.org\r\n")
+        assert program.wait() == 0
+    bare = subprocess.run(
+        [interpreter, "-X", "importtime", "-IS", "-c", "pass"], capture_output=True, check=True
+    )
+    return modules(program.log) - modules(bare.stderr)
+
+
+def modules(importtime: bytes) -> set[str]:
+    return set(re.findall(r"\|\s+([\w.]+)$", importtime.decode(), re.M))
+
+
+def test_a_plain_session_imports_nothing_but_its_image(stage: Stage, launchers: Path) -> None:
+    assert imported(stage, launchers / "qmail-smtpd") == PLAIN
+
+
+def test_a_message_imports_no_more(stage: Stage, launchers: Path) -> None:
+    mail = b"MAIL FROM:<>\r\nRCPT TO:<u@example.org>\r\nDATA\r\n\r\nx\r\n.\r\n"
+    assert imported(stage, launchers / "qmail-smtpd", mail) == PLAIN
+    assert len(stage.deliveries()) == 1
+
+
+def test_a_module_that_is_not_in_the_image_is_imported(stage: Stage, launchers: Path) -> None:
+    found = imported(stage, launchers / "qmail-smtpd", b"MAIL FROM:<u@[127.0.0.1]>\r\n")
+    assert {name for name in found if name.startswith("qmail_")} == {"qmail_smtpd_py.localip"}
+
+
+@pytest.mark.parametrize("damage", ["gone", "of another interpreter"])
+def test_without_a_good_image_modules_are_imported(
+    damage: str, stage: Stage, launchers: Path, copied: Path
+) -> None:
+    image = copied / "qmail-smtpd.image"
+    if damage == "gone":
+        image.unlink()
+    else:
+        image.write_bytes(b"\0" * SKIP + image.read_bytes()[SKIP:])
+    found = imported(stage, copied / "qmail-smtpd")
+    late = {f"qmail_smtpd_py.{name}" for name in PROGRAMS["qmail-smtpd"].late}
+    in_image = {name for name, _, _ in entries(launchers, "qmail-smtpd")}
+    assert {name for name in found if name.startswith("qmail_")} == in_image - late
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "reply"),
+    [
+        ("qmail-smtpd", 1, b"421 out of memory (#4.3.0)\r\n"),
+        ("qmail-queue-maildir", 51, b""),
+        ("checkpassword-users", 111, b""),
+    ],
+)
+def test_a_program_that_can_not_be_loaded_is_a_temporary_problem(
+    name: str, status: int, reply: bytes, copied: Path
+) -> None:
+    image = copied / f"{name}.image"
+    image.write_bytes(image.read_bytes()[:1000])
+    done = subprocess.run(
+        [copied / name], stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (status, reply)
+    line = rb'%s\[\d+\]: error why="\w+; is the memory limit too low\?"\n' % name.encode()
+    assert re.fullmatch(line, done.stderr)
+
+
+def test_a_memory_limit_that_is_too_low_is_a_temporary_problem(
+    stage: Stage, launchers: Path
+) -> None:
+    """From far too little to enough: a signal, then the interpreter's word, and ours the last."""
+    stage.control({"me": "mx.example.org\n"})
+    done = None
+    for limit in range(4_000_000, 200_000_000, 250_000):
+        before, done = done, run_limited(launchers / "qmail-smtpd", limit, stage.env)
+        if done.returncode == 0:
+            break
+        assert done.stdout in (b"", b"421 out of memory (#4.3.0)\r\n")
+        assert done.stderr or done.returncode < 0
+    assert done and done.stdout == b"220 mx.example.org ESMTP\r\n221 mx.example.org\r\n"
+    assert before and b"memory limit too low?" in before.stderr
+
+
+def run_limited(
+    program: Path, limit: int, environ: dict[str, str]
+) -> subprocess.CompletedProcess[bytes]:
+    """Run it with this much address space, in octets."""
+    return subprocess.run(
+        [program],
+        input=b"QUIT\r\n",
+        capture_output=True,
+        env=environ,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        check=False,
+    )
+
+
+def test_installed_launchers_can_be_moved(stage: Stage, copied: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "qmail-smtpd"
+    shutil.move(copied / "qmail-smtpd", moved)
+    assert imported(stage, moved) == PLAIN
+
+
+def test_the_tool_prints_what_it_has_to_say(launchers: Path) -> None:
+    done = subprocess.run(
+        [launchers / "qmail-smtpd-users", "--help"], capture_output=True, check=True
+    )
+    assert done.stdout.startswith(b"usage: qmail-smtpd-users")
