@@ -195,7 +195,7 @@ def test_a_message_that_is_cut_off_has_no_envelope(
     session.receive(IN_A_MESSAGE + LETTER[:cut])
     end(session)
     assert world.queues[0].envelope == b""
-    assert b'result=cut-off' in world.lines[-1]
+    assert b"result=cut-off" in world.lines[-1]
     assert session.exit_status == 1
     assert session.receive(b"\n.\r\n") == b""
 

@@ -95,16 +95,16 @@ def test_silence_times_out(line: Open) -> None:
 
 
 def test_each_read_has_the_whole_time(line: Open) -> None:
-    end = line(3 * SHORT)
+    end = line(1.0)
 
     def trickle() -> None:
-        for _ in range(5):
-            time.sleep(SHORT)
+        for _ in range(4):
+            time.sleep(0.3)
             end.client.write(b"x")
 
     sender = threading.Thread(target=trickle)
     sender.start()
-    assert b"".join(end.wire.read() for _ in range(5)) == b"xxxxx"
+    assert b"".join(end.wire.read() for _ in range(4)) == b"xxxx"
     sender.join()
 
 

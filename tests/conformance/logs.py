@@ -1,8 +1,8 @@
 """Log lines, read back: `qmail-smtpd[PID]: EVENT key=value key="quoted" ...`; see docs/log.md.
 
-A value that is not plain stands in quotation marks, with `\\xHH` for what is not printable; one that
-is too long has its length behind it, and a line that is too long ends in `..."`.  What does not read
-back is an error: something of it could have been put there by a client.
+A value that is not plain stands in quotation marks, with `\\xHH` for what is not printable; a
+line that is too long ends in `..."`.  What does not read back is an error: something of it could
+have been put there by a client.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 _HEAD = re.compile(r"qmail-smtpd\[(\d+)\]: ([a-z]+)")
 _PLAIN = r"[a-zA-Z0-9.@%+/=:_\-<>\[\],!#&*~?]+"
 _QUOTED = r'"(?:[ !#-\[\]-~]|\\x[0-9a-f]{2})*"'
-_FIELD = re.compile(rf" ([a-z_]+)=({_PLAIN}|{_QUOTED})(?:\.\.\.\(\d+ octets\))?(?= |$)")
+_FIELD = re.compile(rf" ([a-z_]+)=({_PLAIN}|{_QUOTED})(?= |$)")
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
 _CUT_OFF = '..."'
 _LONGEST = 4000

@@ -116,7 +116,15 @@ class Stage:
 
     def queued_by(self) -> list[int]:
         """The process ids that qmail-queue had so far."""
-        runs = Path(f"{self._queue}.runs")
+        return self._pids(self._queue)
+
+    def checked_by(self) -> list[int]:
+        """The process ids that checkpassword had so far."""
+        return self._pids(self.tools / "checkpassword")
+
+    @staticmethod
+    def _pids(program: Path) -> list[int]:
+        runs = Path(f"{program}.runs")
         return [int(line) for line in runs.read_text().split()] if runs.exists() else []
 
     def deliveries(self) -> list[Record]:
