@@ -1,6 +1,6 @@
 """qmail-smtpd-listen: takes the place of tcpserver and of the program that it would start.
 
-The options are tcpserver's, with tcpserver's meaning, so that a run file changes in one place; a few
+The options are tcpserver's, with tcpserver's meaning, so that a run file changes in one place; some
 long ones are our own.  Order of events: bind, detach (--daemon), give up privileges, load all that
 workers share, fork.  Not an octet of a client's is read by a process that may do more than -u and
 -g say.
@@ -30,6 +30,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from daemon.pidfile import TimeoutPIDLockFile
+
 NAME = "qmail-smtpd-listen"
 
 USAGE = f"""\
@@ -42,11 +44,12 @@ our options: --daemon --pid-file=FILE --log-file=FILE --max-use=N --max-age=SECO
 
 _SHORT = "1b:B:c:dDg:hHl:oOpPqQrRt:u:UvVx:X"
 _LONG = (
-    "helper=", "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=", "proxy-from=",
+    "helper=", "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=",
+    "proxy-from=",
 )  # fmt: skip
 
 _FDS_START = 3  # sd_listen_fds(3)
-_INHERITED = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor and process ids
+_INHERITED = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor, 1 if it is ours, workers
 _SIGNALS = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
     signal.SIGUSR2, signal.SIGCHLD,
@@ -93,7 +96,7 @@ class Options:
                     optional = True
                 else:
                     self._take(flag, value)
-            self.rules = Rules(rules, optional) if rules else None
+            self.rules = Rules(os.path.abspath(rules), optional) if rules else None
             if self.helper:
                 self.arguments = rest
             else:
@@ -146,7 +149,7 @@ class Options:
         elif flag == "-t":
             self.look_ups.ident_seconds = float(value)
         elif flag == "-l":
-            self.look_ups.local_host = os.fsencode(value) or None
+            self.look_ups.local_host = os.fsencode(value)
         elif flag == "-U":
             self.uid = int(os.environ.get("UID", ""))
             self.gid = int(os.environ.get("GID", ""))
@@ -164,6 +167,8 @@ class Listener:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self._directory = os.getcwd()  # which names in the command line may be relative to
+        self._is_successor = False
         self._predecessors: list[int] = []
         self._owns_socket = True
         self._socket = self._inherit() or (_bind_helper if options.helper else _bind)(options)
@@ -177,13 +182,25 @@ class Listener:
         """The socket that a predecessor or systemd left us (sd_listen_fds(3)), or None."""
         left = os.environ.pop(_INHERITED, None)
         if left:
-            descriptor, *self._predecessors = map(int, left.split(","))
+            descriptor, owns_socket, *self._predecessors = map(int, left.split(","))
+            self._owns_socket = bool(owns_socket)
+            self._is_successor = True
             return socket.socket(fileno=descriptor)
         if os.environ.pop("LISTEN_PID", None) == str(os.getpid()):
             os.environ.pop("LISTEN_FDS", None)
             self._owns_socket = False
             return socket.socket(fileno=_FDS_START)
         return None
+
+    @property
+    def is_successor(self) -> bool:
+        """Whether another listener was restarted as this one."""
+        return self._is_successor
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor of the socket that we listen on."""
+        return self._socket.fileno()
 
     @property
     def port(self) -> int:
@@ -194,14 +211,16 @@ class Listener:
     def run(self) -> None:
         """Serve until a signal says stop, and then until the last session is over."""
         options = self._options
+        if options.helper:
+            self._socket.listen(options.backlog)  # SO_PEERCRED tells who did this: -u, not root
         service = self._load()
         pool = Pool(
             options.limit,
             options.idle,
             2 * options.idle,
             lambda place: self._work(service, place),
-            lambda: _preload(service),
-            _complain,
+            lambda: self._preload(service),
+            self._tell,
         )
         pool.predecessors.update(self._predecessors)
         wake = self._catch_signals()
@@ -227,12 +246,17 @@ class Listener:
         service.keep_ip_options = options.keep_ip_options
         service.limit = options.limit
         service.is_verbose = options.verbosity > 1
-        service.complain = _complain if options.verbosity else lambda line: None
+        service.complain = self._tell
         try:
             resources.go_home(environ.get(b"QMAILHOME") or HOME)
         except ControlError as error:
             raise UsageError(str(error)) from None
         return service
+
+    def _tell(self, line: str) -> None:
+        """Log a line, unless -q says that nothing is to be told."""
+        if self._options.verbosity:
+            _complain(line)
 
     def _work(self, service: Service, place: Place) -> None:
         """What a worker does."""
@@ -274,7 +298,7 @@ class Listener:
         """Accept no more, and let the sessions that are there end within so many seconds."""
         self._stop_at = time.monotonic() + seconds
         if not pool.board.stopping:
-            _complain(f"stopping: {pool.board.busy} connections left")
+            self._tell(f"stopping: {pool.board.busy} connections left")
         pool.board.stop()
         if self._owns_socket:
             try:
@@ -293,20 +317,27 @@ class Listener:
 
         The workers that are there end after the connection that they serve.
         """
-        words = getattr(sys, "orig_argv", None) or [sys.executable, "-IS", *sys.argv]
+        with open("/proc/self/cmdline", "rb") as file:  # with the interpreter's own options
+            words = file.read().split(b"\0")[:-1]
         descriptor = self._socket.fileno()
-        heritage = ",".join(map(str, [descriptor, *pool.workers]))
+        workers = [*pool.workers, *pool.predecessors]
+        heritage = ",".join(map(str, [descriptor, int(self._owns_socket), *workers]))
         os.set_inheritable(descriptor, True)
         pool.replace_all()
-        _complain("restarting")
+        self._tell("restarting")
         # Until the new one has handlers, what comes would end it: it is to wait instead.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        for number in self._signals:
+            os.kill(os.getpid(), number)  # and so is what came a moment ago
+        here = os.getcwd()
         try:
+            os.chdir(self._directory)
             os.execve(sys.executable, words, {**os.environ, _INHERITED: heritage})
         except OSError as error:
+            os.chdir(here)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             os.set_inheritable(descriptor, False)
-            _complain(f"warning: cannot restart: {error.strerror}")
+            self._tell(f"warning: cannot restart: {error.strerror}")
 
 
 def _preload(service: Service) -> None:
@@ -343,7 +374,7 @@ def _bind(options: Options) -> socket.socket:
 
 
 def _bind_helper(options: Options) -> socket.socket:
-    """A UNIX socket that only -u's processes can connect to; raises UsageError."""
+    """A UNIX socket that only -u's processes will be able to connect to; raises UsageError."""
     path = options.helper
     assert path
     try:
@@ -362,7 +393,6 @@ def _bind_helper(options: Options) -> socket.socket:
                 keep if options.uid is None else options.uid,
                 keep if options.gid is None else options.gid,
             )
-        helper.listen(options.backlog)
     except OSError as error:
         raise UsageError(f"cannot listen on {path}: {error.strerror}") from None
     return helper
@@ -380,17 +410,14 @@ def _drop_privileges(options: Options) -> None:
         raise UsageError(f"cannot become uid {options.uid}: {error.strerror}") from None
 
 
-def _detach(options: Options) -> None:
+def _detach(options: Options, listener: Listener) -> None:
     """Go into the background (python-daemon, PEP 3143) with a pid file."""
     from daemon import DaemonContext
-    from daemon.pidfile import TimeoutPIDLockFile
 
     log_file = open(options.log_file, "ab", buffering=0) if options.log_file else sys.stderr
-    pid_file = (
-        TimeoutPIDLockFile(os.path.abspath(options.pid_file), 0) if options.pid_file else None
-    )
     DaemonContext(
-        pidfile=pid_file,
+        pidfile=_pid_file(options.pid_file) if options.pid_file else None,
+        files_preserve=[listener.descriptor],
         stderr=log_file,
         working_directory="/",
         umask=0o022,
@@ -399,6 +426,24 @@ def _detach(options: Options) -> None:
         initgroups=False,
         signal_map={},
     ).open()
+
+
+def _pid_file(path: str) -> TimeoutPIDLockFile:
+    """The pid file, without what a listener left that could not remove it; raises UsageError."""
+    from daemon.pidfile import TimeoutPIDLockFile
+
+    pid_file = TimeoutPIDLockFile(os.path.abspath(path), 0)
+    pid = pid_file.read_pid()
+    if pid is not None:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            pid_file.break_lock()
+        except PermissionError:
+            pass  # it runs, as somebody else
+    if pid_file.is_locked():
+        raise UsageError(f"{path} is there, and process {pid} runs")
+    return pid_file
 
 
 def _complain(line: str) -> None:
@@ -410,11 +455,12 @@ def main() -> int:
     try:
         options = Options(sys.argv[1:])
         listener = Listener(options)
-        if options.print_port:
-            print(listener.port, flush=True)
-        if options.daemon:
-            _detach(options)
-        _drop_privileges(options)
+        if not listener.is_successor:  # of one that has done all this
+            if options.print_port:
+                print(listener.port, flush=True)
+            if options.daemon:
+                _detach(options, listener)
+            _drop_privileges(options)
         listener.run()
     except UsageError as error:
         _complain(f"fatal: {error}")

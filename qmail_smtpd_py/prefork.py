@@ -6,8 +6,8 @@ wakes one.  What the parent must know of them stands in memory that all share, t
 connection costs the parent nothing:
 
     a worker    marks its place busy or idle; where too few are idle, it writes an octet to the
-                parent's pipe; it ends of its own accord after so many connections, when told to, and
-                when too many are idle
+                parent's pipe; it ends after so many connections, when told to, and when too many
+                are idle
     the parent  sleeps until that pipe, a signal or a dead worker wakes it, and forks until enough
                 are idle, but never more than the limit of connections
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _EMPTY, _IDLE, _BUSY = b"\0", b"\1", b"\2"
 
 _CRASH_DELAY, _LONGEST_CRASH_DELAY = 0.25, 30.0  # seconds; doubled with each crash in a row
-_CALM = 60.0  # seconds without a crash after which the next one is a first one
+_MANY_CRASHES = 4  # in a row; as few may be chance
 _YOUNG = 1.0  # seconds; who dies at that age, and not of a connection, can not work at all
 
 
@@ -137,9 +137,9 @@ class Pool:
     """The workers, from the parent's side.
 
     `limit` is the number of connections served at a time, `least_idle` and `most_idle` how many
-    workers wait for the next; `work` is what a worker does, with its Place, until it ends; `prepare`
-    runs in the parent before it forks.  `predecessors` are workers that a listener before us left:
-    they count, and end by themselves.
+    workers wait for the next; `work` is what a worker does, with its Place, until its end;
+    `prepare` runs in the parent before it forks.  `predecessors` are workers that a listener
+    before us left: they count, and end by themselves.
     """
 
     def __init__(
@@ -166,8 +166,7 @@ class Pool:
         os.set_blocking(self._notify, False)
         self._poll = select.poll()
         self._poll.register(self._hear, select.POLLIN)
-        self._crashes = 0
-        self._last_crash = 0.0
+        self._crashes = 0  # in a row, of workers that could not work at all
         self._fork_at = 0.0  # not before
 
     @property
@@ -221,26 +220,23 @@ class Pool:
                 self.predecessors.discard(pid)
                 continue
             age = time.monotonic() - self._births.pop(pid)
-            is_loop = age < _YOUNG and not self.board.is_busy(place)
+            has_worked = not status or age > _YOUNG or self.board.is_busy(place)
+            self._crashes = 0 if has_worked else self._crashes + 1
             self.board.mark(place, _EMPTY)
             if status and not self.board.stopping:
-                self._note_crash(pid, status, is_loop)
+                self._note_crash(pid, status)
 
-    def _note_crash(self, pid: int, status: int, is_loop: bool) -> None:
+    def _note_crash(self, pid: int, status: int) -> None:
         """Tell of a crash, and let the next worker wait if this looks like a loop of them."""
         if os.WIFSIGNALED(status):
             how = f"was killed by signal {os.WTERMSIG(status)}"
         else:
             how = f"ended with status {os.WEXITSTATUS(status)}"
-        if is_loop:
-            now = time.monotonic()
-            self._crashes = self._crashes + 1 if now - self._last_crash < _CALM else 0
-            self._last_crash = now
-            if self._crashes >= 4:  # a few may be chance
-                exponent = min(self._crashes - 4, 10)
-                delay = min(_CRASH_DELAY * 2**exponent, _LONGEST_CRASH_DELAY)
-                self._fork_at = now + delay
-                how += f"; no new ones for {delay:g} s"
+        if self._crashes > _MANY_CRASHES:
+            exponent = min(self._crashes - _MANY_CRASHES - 1, 10)
+            delay = min(_CRASH_DELAY * 2**exponent, _LONGEST_CRASH_DELAY)
+            self._fork_at = time.monotonic() + delay
+            how += f"; no new ones for {delay:g} s"
         self._tell(f"warning: worker {pid} {how}")
 
     def _fork(self) -> bool:

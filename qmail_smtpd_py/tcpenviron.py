@@ -1,7 +1,7 @@
 """The environment that tcpserver gives its programs (tcp-environ(5)), and the look-ups behind it.
 
-What DNS and ident (RFC 1413) answer comes from strangers: a name or a user counts only if it is
-printable ASCII without blanks and of a sane length.
+What DNS and ident (RFC 1413) answer comes from strangers: a name counts only if it is printable
+ASCII without blanks, and of a user what is not is replaced.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _IDENT_PORT = 113
 _LONGEST_ANSWER = 1000
+_LONGEST_USER = 257  # as in tcpserver
 
 
 class LookUps:
@@ -92,7 +93,8 @@ def _name_of(ip: str) -> bytes | None:
         name, _ = socket.getnameinfo((ip, 0), socket.NI_NAMEREQD | socket.NI_NUMERICSERV)
     except (OSError, UnicodeError):
         return None
-    return _sane(name.encode("ascii", "replace"), 255)
+    octets = name.encode("ascii", "replace").lower()  # rules have names in lower case
+    return octets if all(33 <= octet <= 126 for octet in octets) else None
 
 
 def _has_address(name: bytes, ip: str) -> bool:
@@ -101,11 +103,6 @@ def _has_address(name: bytes, ip: str) -> bool:
     except (OSError, UnicodeError):
         return False
     return any(plain_ip(str(address[0])) == ip for *_, address in found)
-
-
-def _sane(text: bytes, longest: int) -> bytes | None:
-    printable = all(33 <= octet <= 126 for octet in text)
-    return text if text and printable and len(text) <= longest else None
 
 
 def ident(ends: Addresses, seconds: float) -> bytes | None:
@@ -139,8 +136,11 @@ def _read_answer(asked: socket.socket, deadline: float) -> bytes:
 
 
 def _parse_ident(answer: bytes) -> bytes | None:
-    """The user in `port , port : USERID : system : user`."""
-    fields = answer.partition(b"\n")[0].split(b":", 3)
-    if len(fields) < 4 or fields[1].strip() != b"USERID":
+    """The user in `port , port : USERID : system : user`, read as tcpserver reads it: what stands
+    behind the third colon, without blanks; empty for an error.
+    """
+    line, end, _ = answer.partition(b"\n")
+    if not end:
         return None
-    return _sane(fields[3].strip(), 512)
+    user = b":".join(line.split(b":")[3:]).translate(None, b" \t\r")[:_LONGEST_USER]
+    return bytes(octet if 33 <= octet <= 126 else ord("?") for octet in user)

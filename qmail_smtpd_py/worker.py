@@ -38,6 +38,8 @@ IDLE_SECONDS = 5.0
 PROXY_SECONDS = 10.0
 """How long a load balancer may take to send its PROXY header."""
 
+_DENIED, _DROPPED = 100, 111  # the exit statuses of tcpserver's children
+
 
 class Service:
     """What is served, and to whom; all of it is there before the first worker is forked."""
@@ -66,8 +68,8 @@ class Worker:
     """The life of a worker: it ends after `most` connections or `oldest` seconds, or when it is not
     wanted any more.
 
-    It waits by epoll(7), not in accept(2): there the kernel wakes whoever waits longest, here always
-    the same one of those that wait, so that few workers do most of the work and stay warm.
+    It waits by epoll(7), not in accept(2): there the kernel wakes whoever waits longest, here the
+    same one whenever it waits, so that few workers do most of the work and stay warm.
     """
 
     def __init__(
@@ -100,30 +102,34 @@ class Worker:
                     continue
                 served += 1
                 self._place.busy()
-                self._take(connection, remote)
+                status = self._take(connection, remote)
                 self._place.idle()  # not if that failed: the parent is to see what it died of
+                if self._service.is_verbose:
+                    self._service.complain(f"end {self._pid} status {status << 8}")
+                    self._tell_status()
 
-    def _take(self, connection: socket.socket, remote: tuple[str, int]) -> None:
-        """Serve an accepted connection, and tell of its start and its end."""
+    def _tell_status(self) -> None:
+        self._service.complain(f"status: {self._place.board.busy}/{self._service.limit}")
+
+    def _take(self, connection: socket.socket, remote: tuple[str, int]) -> int:
+        """Serve an accepted connection; the exit status that tcpserver's child would have."""
         service = self._service
         with connection:
             connection.setblocking(False)
-            service.resources.files.refresh()
             try:
                 ends = self._ends(connection, remote)
                 if service.is_verbose:
-                    service.complain(f"status: {self._place.board.busy}/{service.limit}")
+                    self._tell_status()
                     service.complain(f"pid {self._pid} from {ends.remote_ip}")
                 environ = self._admit(connection, ends)
             except (OSError, ProxyError, RulesError) as error:
                 service.complain(f"drop {self._pid}: {error}")
-                return
-            status = 100 if environ is None else self._serve(connection, environ)
-        if service.is_verbose:
-            service.complain(f"end {self._pid} status {status << 8}")
+                return _DROPPED
+            return _DENIED if environ is None else self._serve(connection, environ)
 
     def _serve(self, connection: socket.socket, environ: Mapping[bytes, bytes]) -> int:
         service = self._service
+        service.resources.files.refresh()
         descriptor = connection.fileno()
         try:
             return serve(descriptor, descriptor, environ, service.arguments, service.resources)
@@ -131,7 +137,7 @@ class Worker:
             return 1
 
     def _ends(self, connection: socket.socket, remote: tuple[str, int]) -> Addresses:
-        """Who is at the two ends; raises OSError, or ProxyError where a listed peer does not say."""
+        """Who is at the two ends; raises OSError, or ProxyError where a proxy does not say."""
         remote_ip, remote_port = remote[:2]
         local_ip, local_port = connection.getsockname()[:2]
         ends = Addresses(plain_ip(remote_ip), remote_port, plain_ip(local_ip), local_port)
@@ -167,21 +173,24 @@ class Worker:
 class Helper(Worker):
     """A worker whose connections come from programs under tcpserver, handed over for TLS."""
 
-    def _take(self, connection: socket.socket, remote: tuple[str, int]) -> None:
+    def _take(self, connection: socket.socket, remote: tuple[str, int]) -> int:
         service = self._service
         connection.setblocking(True)
+        if service.is_verbose:
+            self._tell_status()
         service.resources.files.refresh()
         with connection:
             try:
                 descriptors, arguments, environ = handover.take(connection)
             except HandoverError as error:
                 service.complain(f"drop {self._pid}: {error}")
-                return
+                return _DROPPED
             status = self._serve_handed_over(connection, descriptors, arguments, environ)
             try:
                 connection.sendall(bytes([status]))
             except OSError:
                 pass  # the program was killed; the session is over all the same
+        return status
 
     def _serve_handed_over(
         self,
@@ -207,4 +216,9 @@ class Helper(Worker):
 
 
 def _text(name: bytes | None) -> str:
-    return "" if name is None else name.decode("ascii", "replace")
+    """A name from outside for the log, where colons part fields; as tcpserver shows it."""
+    text = (name or b"").translate(_SHOWN).decode("ascii")
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+_SHOWN = bytes(octet if 33 <= octet <= 126 and octet not in b"%:" else 63 for octet in range(256))
