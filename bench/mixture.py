@@ -150,17 +150,20 @@ def compose(name: str, size: int) -> tuple[Message, bytes]:
 
 
 def plain(client: Client, chance: random.Random, names: Iterator[str]) -> None:
+    """Connect, EHLO, QUIT."""
     client.greet()
     client.quit()
 
 
 def tls(client: Client, chance: random.Random, names: Iterator[str]) -> None:
+    """The same with STARTTLS."""
     client.greet()
     client.start_tls()
     client.quit()
 
 
 def message(client: Client, chance: random.Random, names: Iterator[str]) -> None:
+    """One message, or three."""
     client.greet()
     for _ in range(chance.choice((1, 1, 3))):
         client.send(next(names), chance.randrange(4000))
@@ -168,6 +171,7 @@ def message(client: Client, chance: random.Random, names: Iterator[str]) -> None
 
 
 def large_message(client: Client, chance: random.Random, names: Iterator[str]) -> None:
+    """A large message, in clear or over TLS."""
     client.greet()
     if chance.random() < 0.5:
         client.start_tls()
@@ -176,6 +180,7 @@ def large_message(client: Client, chance: random.Random, names: Iterator[str]) -
 
 
 def submission(client: Client, chance: random.Random, names: Iterator[str]) -> None:
+    """A message from a user, over TLS and with AUTH."""
     client.greet()
     client.start_tls()
     client.say(b"AUTH PLAIN " + base64.b64encode(b"\0soak\0secret") + b"\r\n", 235)
@@ -184,6 +189,7 @@ def submission(client: Client, chance: random.Random, names: Iterator[str]) -> N
 
 
 def cut_off_message(client: Client, chance: random.Random, names: Iterator[str]) -> None:
+    """Hang up in the middle of a message."""
     client.greet()
     if chance.random() < 0.3:
         client.start_tls()
@@ -191,16 +197,19 @@ def cut_off_message(client: Client, chance: random.Random, names: Iterator[str])
 
 
 def refused_authentication(client: Client, chance: random.Random, names: Iterator[str]) -> None:
+    """AUTH in clear, while FORCETLS is in force."""
     client.greet()
     client.say(b"AUTH PLAIN AHNvYWsAc2VjcmV0\r\n", 538)
 
 
 def garbage(client: Client, chance: random.Random, names: Iterator[str]) -> None:
+    """No SMTP at all."""
     client.expect(220)
     client.connection.sendall(bytes(chance.randrange(256) for _ in range(chance.randrange(600))))
 
 
 def garbage_for_tls(client: Client, chance: random.Random, names: Iterator[str]) -> None:
+    """No TLS behind STARTTLS."""
     client.greet()
     client.say(b"STARTTLS\r\n", 220)
     client.connection.sendall(bytes(chance.randrange(256) for _ in range(chance.randrange(600))))

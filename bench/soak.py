@@ -6,12 +6,12 @@ The listener is started on a port of loopback, with a queue program that notes w
 While clients run the sessions of mixture.py, workers chosen at random are killed (SIGKILL), all are
 replaced (HUP) at each quarter, and in the middle the listener is restarted (USR2).  Then:
 
-    messages      each that was acknowledged is in the queue once, octet for octet; each that was not
-                  is there once at most, and one that the client cut off is not
-    connections   none is refused, none is lost but those of workers that were killed, and no reply is
-                  a wrong one
-    leaks         memory does not grow from the first half of a listener's life to the second; idle
-                  processes have as many descriptors as at the start; no process is left
+    messages      each that was acknowledged is in the queue once, octet for octet; each that was
+                  not is there once at most, and one that the client cut off is not
+    connections   none is refused, none is lost but those of workers that were killed, and no reply
+                  is a wrong one
+    leaks         memory does not grow; idle processes have as many descriptors as at the start; no
+                  process is left
     the log       has no word of a defect
 
 Exit status 1 where one of them is not so.
@@ -21,24 +21,24 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import functools
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+
+from listening import Listener, Sample, processes_of_session
+from mixture import BATCH, Message, Outcome, run_batch
 
 import bench
-from mixture import BATCH, Message, Outcome, run_batch
 
 HERE = Path(__file__).resolve().parent
 
@@ -46,145 +46,7 @@ KILL_EVERY = 2
 """Batches from one killed worker to the next."""
 
 GROWTH = 1.0
-"""MiB that a process may grow by, where it has not grown by more than a fluctuation."""
-
-LIMIT = 40
-"""Connections at a time (-c)."""
-
-_CALM = 30.0  # seconds for the listener to become idle, or to end
-
-
-class Sample(NamedTuple):
-    """The listener at one moment: anonymous memory in MiB and open descriptors, of the parent, and of
-    the worker that has most.
-    """
-
-    parent: float
-    worker: float
-    parent_descriptors: int
-    worker_descriptors: int
-    processes: int
-
-
-class Listener:
-    """A running listener, seen from outside."""
-
-    def __init__(self, program: str, max_use: int, directory: Path) -> None:
-        self.log = directory / "log"
-        command = [program, "-1", "-R", "-H", "-l", "localhost", "-c", str(LIMIT)]
-        command += [f"--max-use={max_use}", "127.0.0.1", "0", str(directory / "null-check"), "true"]
-        environ = {
-            "PATH": os.defpath,
-            "QMAILHOME": str(directory / "home"),
-            "QMAILQUEUE": str(directory / "record"),
-            "RECORD": str(directory / "queue"),
-            "SMTPAUTH": "",
-        }
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, env=environ, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-            )
-        self.pid = self._process.pid
-        assert self._process.stdout
-        port = self._process.stdout.readline()
-        if not port:
-            sys.exit(f"{program} does not start:\n{self.log.read_text()}")
-        self.address = ("127.0.0.1", int(port))
-        for _ in _until(_CALM):
-            if self.workers:  # it heeds signals
-                return
-
-    @property
-    def workers(self) -> list[int]:
-        """The process ids of the parent's children."""
-        return list(map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()))
-
-    @property
-    def busy(self) -> int:
-        """How many connections the listener says are in use, when it is asked by ALRM."""
-        before = self.log.stat().st_size
-        self.signal(signal.SIGALRM)
-        for _ in _until(_CALM):
-            with self.log.open("rb") as log:
-                log.seek(before)
-                found = re.search(rb"listen: status: (\d+)/", log.read())
-            if found:
-                return int(found[1])
-        raise TimeoutError("no answer to SIGALRM")
-
-    def signal(self, number: int) -> None:
-        """Send the parent a signal."""
-        os.kill(self.pid, number)
-
-    def kill_worker(self, chance: random.Random) -> bool:
-        """Kill one of the workers; whether there was one."""
-        try:
-            os.kill(chance.choice(self.workers), signal.SIGKILL)
-        except (IndexError, ProcessLookupError):
-            return False
-        return True
-
-    def sample(self) -> Sample:
-        """See how it is."""
-        workers = [
-            found for found in map(_look_at, self.workers) if found is not None
-        ] or [(0.0, 0)]
-        parent = _look_at(self.pid)
-        if parent is None:
-            raise RuntimeError(f"the listener is gone: {self.last_words()}")
-        memory, descriptors = zip(*workers)
-        return Sample(parent[0], max(memory), parent[1], max(descriptors), 1 + len(workers))
-
-    def rest(self) -> Sample:
-        """See how it is when the last session is over."""
-        for _ in _until(_CALM):
-            if self.busy == 0:
-                return self.sample()
-        raise TimeoutError("connections in use that no client has")
-
-    def last_words(self) -> str:
-        """The last line of the log."""
-        return (self.log.read_text(errors="replace").splitlines() or [""])[-1]
-
-    def stop(self) -> tuple[int, list[int]]:
-        """End it: its exit status, and processes that it left."""
-        self.signal(signal.SIGTERM)
-        status = self._process.wait(_CALM)
-        return status, _processes_of_session(self.pid)
-
-
-def _until(seconds: float) -> Iterator[None]:
-    """Try again until so many seconds are over."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        yield
-        time.sleep(0.02)
-
-
-def _look_at(pid: int) -> tuple[float, int] | None:
-    """Anonymous memory in MiB and open descriptors of a process, or None if it is gone.
-
-    What is shared with parent or children counts in full: what a process has to itself changes with
-    what the others do.
-    """
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-    except OSError:
-        return None
-    anonymous = re.search(r"^Anonymous: +(\d+) kB", text, re.M)
-    return int(anonymous[1]) / 1024 if anonymous else 0.0, descriptors
-
-
-def _processes_of_session(session: int) -> list[int]:
-    """The processes of a session (setsid(2)), zombies not counted."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
-            if int(its_session) == session and state != "Z":
-                found.append(int(path.parent.name))
-    return found
+"""MiB that a process may grow by: it fluctuates by less."""
 
 
 class Soak:
@@ -212,14 +74,13 @@ class Soak:
             self.listener.signal(signal.SIGUSR2)
 
     def growth(self, process: str) -> float:
-        """By how many MiB the parent or the largest worker grew, in the worse of its two lives: from
-        the most in the first half of a life to the usual in the second.
+        """By how many MiB the parent or the largest worker grew, at most: from the most that it had
+        in the first quarter to the usual at the end of each life, before the restart and after it.
         """
-        values = [getattr(sample, process) for sample in self.samples]
+        values: list[float] = [getattr(sample, process) for sample in self.samples]
         quarters = [values[len(values) * at // 4 : len(values) * (at + 1) // 4] for at in range(4)]
-        first, second, third, fourth = quarters
-        lives = ((first, second), (third, fourth))
-        return max(statistics.median(later) - max(sooner) for sooner, later in lives)
+        first, second, _, fourth = quarters
+        return max(map(statistics.median, (second, fourth))) - max(first)
 
 
 def misqueued(outcome: Outcome, queue: Path) -> Iterator[str]:
@@ -237,8 +98,8 @@ def misqueued(outcome: Outcome, queue: Path) -> Iterator[str]:
     for message in outcome.cut_off:
         if found[message]:
             yield f"cut off, and in the queue: {message.name}"
-    sent = {*outcome.acknowledged, *outcome.open, *outcome.cut_off}
-    yield from (f"in the queue, and never sent: {message}" for message in found if message not in sent)
+    for message in found.keys() - {*outcome.acknowledged, *outcome.open, *outcome.cut_off}:
+        yield f"in the queue, and never sent: {message}"
 
 
 def complaints(log: Path, kills: int) -> Iterator[str]:
@@ -280,19 +141,27 @@ def report(soak: Soak, seconds: float, before: Sample, after: Sample) -> None:
     """Print what was done, and what was seen."""
     outcome, samples = soak.outcome, soak.samples
     total = sum(outcome.kinds.values())
-    print(f"sessions      {total} in {seconds:.0f} s ({total / seconds:.0f} a second)")
-    print(f"              {', '.join(f'{kind} {n}' for kind, n in outcome.kinds.most_common())}")
-    print(f"TLS           {outcome.resumed} sessions resumed")
-    print(f"messages      {len(outcome.acknowledged)} acknowledged, {len(outcome.open)} not,", end=" ")
-    print(f"{len(outcome.cut_off)} cut off by the client")
-    print(f"connections   {outcome.refused} refused, {outcome.lost} lost; {soak.kills} workers killed")
+    kinds = ", ".join(f"{kind} {count}" for kind, count in outcome.kinds.most_common())
+    sent, left, cut_off = map(len, (outcome.acknowledged, outcome.open, outcome.cut_off))
+    _line("sessions", f"{total} in {seconds:.0f} s, {total / seconds:.0f} a second: {kinds}")
+    _line("TLS", f"{outcome.resumed} sessions resumed")
+    _line("messages", f"{sent} acknowledged, {left} not, {cut_off} cut off by the client")
+    _line("connections", f"{outcome.refused} refused, {outcome.lost} lost")
+    _line("killed", f"{soak.kills} workers")
     for process in ("parent", "worker"):
-        values = [getattr(sample, process) for sample in samples]
-        print(f"{process:<13} {_trend(values)} MiB; growth {soak.growth(process):.2f} MiB")
-    print(f"descriptors   parent {before.parent_descriptors}, then {after.parent_descriptors};", end=" ")
-    print(f"worker {before.worker_descriptors}, then {after.worker_descriptors}")
-    print(f"processes     {before.processes}, at most {max(s.processes for s in samples)},", end=" ")
-    print(f"then {after.processes}")
+        trend = _trend([getattr(sample, process) for sample in samples])
+        was, became = (getattr(sample, f"{process}_descriptors") for sample in (before, after))
+        _line(process, f"{trend} MiB, growth {soak.growth(process):.2f}")
+        _line("", f"{was} descriptors at the start, {became} at the end")
+    most = max(sample.processes for sample in samples)
+    _line(
+        "processes",
+        f"{before.processes} at the start, {most} at most, {after.processes} at the end",
+    )
+
+
+def _line(name: str, text: str) -> None:
+    print(f"{name:<12} {text}")
 
 
 def _trend(values: Sequence[float]) -> str:
@@ -317,6 +186,8 @@ def run(chosen: argparse.Namespace, directory: Path) -> int:
     """Soak, and say how it was; the exit status."""
     batches = max(4, chosen.sessions // BATCH)  # a sample of each quarter, at least
     with multiprocessing.get_context("fork").Pool(chosen.clients) as clients:
+        # Only now, as it is by SIGTERM that a pool ends its processes.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("ended by SIGTERM"))
         listener = Listener(os.path.abspath(chosen.program), chosen.max_use, directory)
         soak = Soak(listener, batches, chosen.seed)
         try:
@@ -330,18 +201,18 @@ def run(chosen: argparse.Namespace, directory: Path) -> int:
             report(soak, seconds, before, after)
             found = list(faults(soak, directory / "queue", before, after))
         finally:
-            for pid in _processes_of_session(listener.pid):
+            for pid in processes_of_session(listener.pid):
                 os.kill(pid, signal.SIGKILL)
     for fault in found[:20]:
-        print(f"FAULT         {fault}")
-    print(f"{len(found)} faults")
+        _line("FAULT", fault)
+    _line("faults", str(len(found)))
     return 1 if found else 0
 
 
 def main() -> int:
     """Make what the listener needs, and soak it."""
     chosen = options()
-    compiler = bench.shutil.which("cc")
+    compiler = shutil.which("cc")
     if not compiler:
         sys.exit("no C compiler (cc) is here, for the queue program")
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
