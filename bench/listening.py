@@ -57,8 +57,12 @@ class Listener:
             sys.exit(f"{program} does not start:\n{self.log.read_text()}")
         self.address = ("127.0.0.1", int(port))
         for _ in _until(_CALM):
+            if self._process.poll() is not None:
+                break
             if self.workers:  # it heeds signals
                 return
+        self._process.kill()
+        sys.exit(f"{program} does not serve: {self.last_words()}")
 
     @property
     def workers(self) -> list[int]:

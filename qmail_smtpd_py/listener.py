@@ -219,7 +219,7 @@ class Listener:
             options.idle,
             2 * options.idle,
             lambda place: self._work(service, place),
-            lambda: self._preload(service),
+            lambda: _preload(service),
             self._tell,
         )
         pool.predecessors.update(self._predecessors)
@@ -350,7 +350,9 @@ def _preload(service: Service) -> None:
         finally:
             server.close()
     except ControlError as error:
-        _complain(f"warning: {error}")
+        service.complain(f"warning: {error}")
+    except Exception as error:  # a defect: each connection may have it, the parent must not
+        service.complain(f"warning: cannot load ahead: {log.where(error)}")
 
 
 def _bind(options: Options) -> socket.socket:
