@@ -8,7 +8,6 @@ workers share, fork.  Not an octet of a client's is read by a process that may d
 
 from __future__ import annotations
 
-import getopt
 import os
 import signal
 import socket
@@ -19,34 +18,14 @@ import time
 from . import log, tls
 from .control import CachedControlFiles
 from .effects import ControlError
+from .options import NAME, USAGE, Options, StartError, UsageError
 from .prefork import Place, Pool
-from .proxyprotocol import Peers
 from .smtpd import HOME, Resources, Server, environment
-from .tcpenviron import LookUps
-from .tcprules import Rules
 from .worker import Helper, Service, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from daemon.pidfile import TimeoutPIDLockFile
-
-NAME = "qmail-smtpd-listen"
-
-USAGE = f"""\
-usage: {NAME} [tcpserver's options] [our options] host port [checkprogram subprogram ...]
-       {NAME} [-v] [-c n] [-g gid] [-u uid] [our options] --helper=SOCKET
-tcpserver's options: -1dDhHoOpPqQrRUvX -b n -B banner -c n -g gid -l localname -t n -u uid -x cdb
-our options: --daemon --pid-file=FILE --log-file=FILE --max-use=N --max-age=SECONDS
-             --idle=N --drain=SECONDS --proxy-from=ADDRESSES
-"""
-
-_SHORT = "1b:B:c:dDg:hHl:oOpPqQrRt:u:UvVx:X"
-_LONG = (
-    "helper=", "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=",
-    "proxy-from=",
-)  # fmt: skip
 
 _FDS_START = 3  # sd_listen_fds(3)
 _INHERITED = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor, 1 if it is ours, workers
@@ -54,112 +33,6 @@ _SIGNALS = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
     signal.SIGUSR2, signal.SIGCHLD,
 )  # fmt: skip
-
-
-class UsageError(Exception):
-    """The command line or what it names is wrong; the text says what."""
-
-
-class Options:
-    """The command line, read."""
-
-    def __init__(self, words: list[str]) -> None:
-        self.look_ups = LookUps()
-        self.limit = 40
-        self.backlog = 512
-        self.banner = ""
-        self.no_delay = True
-        self.keep_ip_options = False
-        self.verbosity = 1
-        self.print_port = False
-        self.rules: Rules | None = None
-        self.uid: int | None = None
-        self.gid: int | None = None
-        self.helper: str | None = None
-        self.host = self.port = ""
-        self.arguments: list[str] = []
-        self.daemon = False
-        self.pid_file: str | None = None
-        self.log_file: str | None = None
-        self.max_use = 100
-        self.max_age = 3600.0
-        self.idle = 2 * (os.cpu_count() or 1)
-        self.drain = 60.0
-        self.proxies: Peers | None = None
-        try:
-            flags, rest = getopt.getopt(words, _SHORT, list(_LONG))
-            rules, optional = None, False
-            for flag, value in flags:
-                if flag == "-x":
-                    rules = value
-                elif flag == "-X":
-                    optional = True
-                else:
-                    self._take(flag, value)
-            self.rules = Rules(os.path.abspath(rules), optional) if rules else None
-            if self.helper:
-                self.arguments = rest
-            else:
-                self.host, self.port, *self.arguments = rest
-        except getopt.GetoptError as error:
-            raise UsageError(str(error)) from None
-        except ValueError as error:
-            raise UsageError(f"bad command line: {error}") from None
-
-    def _take(self, flag: str, value: str) -> None:
-        """Heed one option; raises ValueError where its value is none."""
-        switches = {
-            "-h": (self.look_ups, "host", True),
-            "-H": (self.look_ups, "host", False),
-            "-p": (self.look_ups, "paranoid", True),
-            "-P": (self.look_ups, "paranoid", False),
-            "-r": (self.look_ups, "ident", True),
-            "-R": (self.look_ups, "ident", False),
-            "-d": (self, "no_delay", False),
-            "-D": (self, "no_delay", True),
-            "-o": (self, "keep_ip_options", True),
-            "-O": (self, "keep_ip_options", False),
-            "-q": (self, "verbosity", 0),
-            "-Q": (self, "verbosity", 1),
-            "-v": (self, "verbosity", 2),
-            "-1": (self, "print_port", True),
-            "--daemon": (self, "daemon", True),
-        }
-        values: dict[str, tuple[str, Callable[[str], object]]] = {
-            "-b": ("backlog", _positive),
-            "-B": ("banner", str),
-            "-c": ("limit", _positive),
-            "-g": ("gid", int),
-            "-u": ("uid", int),
-            "--helper": ("helper", str),
-            "--pid-file": ("pid_file", str),
-            "--log-file": ("log_file", str),
-            "--max-use": ("max_use", _positive),
-            "--max-age": ("max_age", float),
-            "--idle": ("idle", _positive),
-            "--drain": ("drain", float),
-            "--proxy-from": ("proxies", Peers),
-        }
-        if flag in switches:
-            target, name, switch = switches[flag]
-            setattr(target, name, switch)
-        elif flag in values:
-            name, convert = values[flag]
-            setattr(self, name, convert(value))
-        elif flag == "-t":
-            self.look_ups.ident_seconds = float(value)
-        elif flag == "-l":
-            self.look_ups.local_host = os.fsencode(value)
-        elif flag == "-U":
-            self.uid = int(os.environ.get("UID", ""))
-            self.gid = int(os.environ.get("GID", ""))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(f"{text} is not at least 1")
-    return number
 
 
 class Listener:
@@ -250,7 +123,7 @@ class Listener:
         try:
             resources.go_home(environ.get(b"QMAILHOME") or HOME)
         except ControlError as error:
-            raise UsageError(str(error)) from None
+            raise StartError(str(error)) from None
         return service
 
     def _tell(self, line: str) -> None:
@@ -356,7 +229,7 @@ def _preload(service: Service) -> None:
 
 
 def _bind(options: Options) -> socket.socket:
-    """A socket that listens where the command line says; raises UsageError."""
+    """A socket that listens where the command line says; raises StartError."""
     host = "0.0.0.0" if options.host == "0" else options.host
     try:
         found = socket.getaddrinfo(
@@ -371,12 +244,12 @@ def _bind(options: Options) -> socket.socket:
         listener.listen(options.backlog)
     except OSError as error:
         where = f"{options.host} port {options.port}"
-        raise UsageError(f"cannot listen on {where}: {error.strerror}") from None
+        raise StartError(f"cannot listen on {where}: {error.strerror}") from None
     return listener
 
 
 def _bind_helper(options: Options) -> socket.socket:
-    """A UNIX socket that only -u's processes will be able to connect to; raises UsageError."""
+    """A UNIX socket that only -u's processes will be able to connect to; raises StartError."""
     path = options.helper
     assert path
     try:
@@ -396,12 +269,12 @@ def _bind_helper(options: Options) -> socket.socket:
                 keep if options.gid is None else options.gid,
             )
     except OSError as error:
-        raise UsageError(f"cannot listen on {path}: {error.strerror}") from None
+        raise StartError(f"cannot listen on {path}: {error.strerror}") from None
     return helper
 
 
 def _drop_privileges(options: Options) -> None:
-    """Become -g and -u, with no way back; raises UsageError."""
+    """Become -g and -u, with no way back; raises StartError."""
     try:
         if options.gid is not None:
             os.setgroups([options.gid])
@@ -409,14 +282,16 @@ def _drop_privileges(options: Options) -> None:
         if options.uid is not None:
             os.setuid(options.uid)
     except OSError as error:
-        raise UsageError(f"cannot become uid {options.uid}: {error.strerror}") from None
+        raise StartError(f"cannot become uid {options.uid}: {error.strerror}") from None
 
 
 def _detach(options: Options, listener: Listener) -> None:
     """Go into the background (python-daemon, PEP 3143) with a pid file."""
     from daemon import DaemonContext
 
-    log_file = open(options.log_file, "ab", buffering=0) if options.log_file else sys.stderr
+    log_file = sys.stderr
+    if options.log_file:
+        log_file = os.fdopen(os.open(options.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "w")
     DaemonContext(
         pidfile=_pid_file(options.pid_file) if options.pid_file else None,
         files_preserve=[listener.descriptor],
@@ -431,7 +306,7 @@ def _detach(options: Options, listener: Listener) -> None:
 
 
 def _pid_file(path: str) -> TimeoutPIDLockFile:
-    """The pid file, without what a listener left that could not remove it; raises UsageError."""
+    """The pid file, without what a listener left that could not remove it; raises StartError."""
     from daemon.pidfile import TimeoutPIDLockFile
 
     pid_file = TimeoutPIDLockFile(os.path.abspath(path), 0)
@@ -444,7 +319,7 @@ def _pid_file(path: str) -> TimeoutPIDLockFile:
         except PermissionError:
             pass  # it runs, as somebody else
     if pid_file.is_locked():
-        raise UsageError(f"{path} is there, and process {pid} runs")
+        raise StartError(f"{path} is there, and process {pid} runs")
     return pid_file
 
 

@@ -176,7 +176,7 @@ def _fill(environment: Path) -> Path:
     try:
         _run(sys.executable, "-I", "-m", "venv", environment)
         with tempfile.TemporaryDirectory() as directory:
-            source = f"{_source(Path(directory))}[daemon]"
+            source = _source(Path(directory))
             _run(python, "-I", "-m", "pip", "install", "--quiet", source)
         launchers.mkdir()
         _run(python, "-I", "-X", "no_debug_ranges", "-m", "qmail_smtpd_py.launcher", launchers)

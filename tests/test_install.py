@@ -27,9 +27,7 @@ pytestmark = pytest.mark.xdist_group("install")
 
 INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 PROGRAMS = {path.stem for path in ROOT.glob("man/*.8")}
-SERVICES = {
-    f"{name}/{run}" for name in ("smtp", "submission", "smtps") for run in ("run", "log/run")
-}
+SERVICES = {str(path.relative_to(ROOT)) for path in ROOT.glob("run/**/*") if path.is_file()}
 
 
 def make(target: str, prefix: Path, **variables: object) -> str:
