@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from daemon.pidfile import TimeoutPIDLockFile
 
 _FDS_START = 3  # sd_listen_fds(3)
+_MOST_DESCRIPTORS = 1024  # that we may inherit
 _INHERITED = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor, 1 if it is ours, workers
 _SIGNALS = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
@@ -58,11 +59,12 @@ class Listener:
             descriptor, owns_socket, *self._predecessors = map(int, left.split(","))
             self._owns_socket = bool(owns_socket)
             self._is_successor = True
-            return socket.socket(fileno=descriptor)
+            return _adopt(descriptor)
         if os.environ.pop("LISTEN_PID", None) == str(os.getpid()):
             os.environ.pop("LISTEN_FDS", None)
             self._owns_socket = False
-            return socket.socket(fileno=_FDS_START)
+            return _adopt(_FDS_START)
+        os.closerange(3, _MOST_DESCRIPTORS)
         return None
 
     @property
@@ -147,7 +149,7 @@ class Listener:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, lambda number, frame: self._signals.append(number))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # a predecessor blocked them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # main, or a predecessor, blocked them
         return hear
 
     def _heed_signals(self, pool: Pool) -> None:
@@ -193,8 +195,7 @@ class Listener:
         with open("/proc/self/cmdline", "rb") as file:  # with the interpreter's own options
             words = file.read().split(b"\0")[:-1]
         descriptor = self._socket.fileno()
-        workers = [*pool.workers, *pool.predecessors]
-        heritage = ",".join(map(str, [descriptor, int(self._owns_socket), *workers]))
+        heritage = ",".join(map(str, [descriptor, int(self._owns_socket), *pool.workers]))
         os.set_inheritable(descriptor, True)
         pool.replace_all()
         self._tell("restarting")
@@ -211,6 +212,23 @@ class Listener:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             os.set_inheritable(descriptor, False)
             self._tell(f"warning: cannot restart: {error.strerror}")
+
+
+def _adopt(descriptor: int) -> socket.socket:
+    """The socket that was inherited; what else was is closed, so that no child gets it."""
+    os.closerange(3, descriptor)
+    os.closerange(descriptor + 1, _MOST_DESCRIPTORS)
+    os.set_inheritable(descriptor, False)
+    return socket.socket(fileno=descriptor)
+
+
+def _fill_descriptors() -> None:
+    """See that there are descriptors 0, 1 and 2: a connection in their place would get the log."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it is the lowest that is free
 
 
 def _preload(service: Service) -> None:
@@ -232,9 +250,12 @@ def _bind(options: Options) -> socket.socket:
     """A socket that listens where the command line says; raises StartError."""
     host = "0.0.0.0" if options.host == "0" else options.host
     try:
+        if options.port.isdigit() and int(options.port) > 65535:
+            raise OSError(0, "there is no such port")  # of which the library would make another
         found = socket.getaddrinfo(
             host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
+        found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # localhost is 127.0.0.1
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -242,9 +263,10 @@ def _bind(options: Options) -> socket.socket:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
         listener.bind(address)
         listener.listen(options.backlog)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         where = f"{options.host} port {options.port}"
-        raise StartError(f"cannot listen on {where}: {error.strerror}") from None
+        why = error.strerror if isinstance(error, OSError) else "this is no name"
+        raise StartError(f"cannot listen on {where}: {why}") from None
     return listener
 
 
@@ -329,6 +351,8 @@ def _complain(line: str) -> None:
 
 def main() -> int:
     """The program; the exit status is 111 where it could not start, as tcpserver's."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until they can be heeded
+    _fill_descriptors()
     try:
         options = Options(sys.argv[1:])
         listener = Listener(options)
@@ -339,10 +363,9 @@ def main() -> int:
                 _detach(options, listener)
             _drop_privileges(options)
         listener.run()
-    except UsageError as error:
+    except StartError as error:
         _complain(f"fatal: {error}")
-        if "command line" in str(error) or "option" in str(error):
+        if isinstance(error, UsageError):
             sys.stderr.write(USAGE)
-            return 100
-        return 111
+        return error.status
     return 0

@@ -29,10 +29,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_EMPTY, _IDLE, _BUSY = b"\0", b"\1", b"\2"
+_EMPTY, _IDLE, _BUSY, _LEAVING = b"\0", b"\1", b"\2", b"\3"
 
 _CRASH_DELAY, _LONGEST_CRASH_DELAY = 0.25, 30.0  # seconds; doubled with each crash in a row
 _MANY_CRASHES = 4  # in a row; as few may be chance
+_LOOK_SECONDS = 5.0  # between two looks of a worker for its parent
 _YOUNG = 1.0  # seconds; who dies at that age, and not of a connection, can not work at all
 
 
@@ -98,7 +99,13 @@ class Place:
     """A worker's own place on the board, and the parent's ear."""
 
     def __init__(
-        self, board: Board, number: int, notify: int, most_idle: int, least_idle: int
+        self,
+        board: Board,
+        number: int,
+        parent: int,
+        notify: int,
+        most_idle: int,
+        least_idle: int,
     ) -> None:
         self.board = board
         self._number = number
@@ -106,7 +113,7 @@ class Place:
         self._most_idle = most_idle
         self._least_idle = least_idle
         self._epoch = board.epoch
-        self._parent = os.getppid()
+        self._parent = parent
 
     def busy(self) -> None:
         """A connection was accepted; the parent is told if too few others wait for the next."""
@@ -125,12 +132,27 @@ class Place:
     def is_wanted(self) -> bool:
         """Whether the worker is to go on: nothing told it to end, and its parent lives."""
         board = self.board
-        return not board.stopping and board.epoch == self._epoch and os.getppid() == self._parent
+        return not board.stopping and board.epoch == self._epoch and not self._is_orphan()
 
-    @property
-    def is_spare(self) -> bool:
-        """Whether more workers are idle than are of use."""
-        return self.board.idle > self._most_idle
+    def leave_if_spare(self) -> bool:
+        """Whether more workers are idle than are of use; if so, this one counts no more."""
+        if self.board.idle <= self._most_idle:
+            return False
+        self.board.mark(self._number, _LEAVING)
+        return True
+
+    def watch_parent(self, give_up: Callable[[], object]) -> None:
+        """Call `give_up` when the parent is gone, in the middle of a session as well."""
+
+        def look(number: int, frame: object) -> None:
+            if self._is_orphan():
+                give_up()
+
+        signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
+
+    def _is_orphan(self) -> bool:
+        return os.getppid() != self._parent
 
 
 class Pool:
@@ -166,13 +188,14 @@ class Pool:
         os.set_blocking(self._notify, False)
         self._poll = select.poll()
         self._poll.register(self._hear, select.POLLIN)
+        self._pid = os.getpid()
         self._crashes = 0  # in a row, of workers that could not work at all
         self._fork_at = 0.0  # not before
 
     @property
     def workers(self) -> list[int]:
-        """The process ids of all workers."""
-        return list(self._places)
+        """The process ids of all workers, predecessors among them."""
+        return [*self._places, *self.predecessors]
 
     def maintain(self) -> None:
         """Bury the dead, and fork until enough workers are idle."""
@@ -201,7 +224,7 @@ class Pool:
 
     def signal_all(self, number: int) -> None:
         """Send all workers a signal."""
-        for pid in self._places:
+        for pid in self.workers:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
@@ -242,7 +265,7 @@ class Pool:
     def _fork(self) -> bool:
         """Start a worker; False where there is no place for one."""
         place = self.board.free_place()
-        if place < 0 or len(self._places) + len(self.predecessors) >= self._limit:
+        if place < 0 or len(self.workers) >= self._limit:
             return False
         self._prepare()
         gc.freeze()  # the children leave what is there alone, and its pages stay shared
@@ -272,8 +295,8 @@ class Pool:
             signal.set_wakeup_fd(-1)
             os.close(self._hear)
             gc.disable()
-            ours = Place(self.board, place, self._notify, self._most_idle, self._least_idle)
-            self._work(ours)
+            idle = self._most_idle, self._least_idle
+            self._work(Place(self.board, place, self._pid, self._notify, *idle))
             status = 0
         except Exception as error:  # a defect: what it was, without a traceback
             self._tell(f"fatal: {where(error)}")

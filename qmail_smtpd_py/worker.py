@@ -85,17 +85,18 @@ class Worker:
     def run(self) -> None:
         """Serve connections until it is time to end."""
         served = 0
+        self._place.watch_parent(self._listener.close)  # whoever takes its place needs the port
         with select.epoll() as incoming:
             incoming.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
             while served < self._most and self._place.is_wanted and time.monotonic() < self._until:
-                if not incoming.poll(IDLE_SECONDS) and self._place.is_spare:
+                if not incoming.poll(IDLE_SECONDS) and self._place.leave_if_spare():
                     return
                 try:
                     connection, remote = self._listener.accept()
                 except BlockingIOError:  # nobody came, or another worker was faster
                     continue
                 except OSError as error:
-                    if error.errno == errno.EINVAL:  # the parent has shut the socket down
+                    if error.errno in (errno.EINVAL, errno.EBADF):  # shut down, or given up
                         return
                     self._service.complain(f"warning: cannot accept: {error.strerror}")
                     time.sleep(0.1)

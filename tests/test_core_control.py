@@ -291,6 +291,17 @@ def test_cdb_with_every_key_in_one_table(database: Callable[[bytes], int]) -> No
     os.close(descriptor)
 
 
+def test_cdb_with_keys_of_one_hash(database: Callable[[bytes], int]) -> None:
+    keys = [b"a2", b"gt"]
+    assert cdb.cdb_hash(keys[0]) == cdb.cdb_hash(keys[1])
+    for stored in ([keys[0]], [keys[1]], keys, keys[::-1]):
+        descriptor = database(make_cdb({key: key for key in stored}))
+        assert [cdb.find(descriptor, key) for key in keys] == [
+            key if key in stored else None for key in keys
+        ]
+        os.close(descriptor)
+
+
 def test_a_large_cdb_is_not_read_into_memory(database: Callable[[bytes], int]) -> None:
     descriptor = database(make_cdb({b"large": b"x" * 20_000_000, b"small": b"data"}))
     tracemalloc.start()

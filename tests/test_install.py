@@ -6,6 +6,7 @@ one installation are few and share it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -22,8 +23,6 @@ import pytest
 from conformance.program import ROOT, Program
 from conformance.stage import Stage
 from e2e.programs import as_mail_user, need
-
-pytestmark = pytest.mark.xdist_group("install")
 
 INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 PROGRAMS = {path.stem for path in ROOT.glob("man/*.8")}
@@ -50,12 +49,18 @@ def run_make(target: str, prefix: Path, **variables: object) -> subprocess.Compl
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An installation, which no test changes."""
-    directory = tmp_path_factory.mktemp("usr") / "qmail smtpd"
-    make("install", directory)
-    return directory
+    """An installation, which no test changes; the workers of pytest-xdist share it."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    installed = directory / "usr" / "qmail smtpd"
+    with open(directory / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (installed / "installed").exists():
+            make("install", installed)
+    return installed
 
 
 @pytest.fixture

@@ -97,9 +97,19 @@ def test_sigkill_at_any_moment_loses_nothing_and_queues_no_half(host: Stage, see
         assert found == [plan.message]
 
 
+# Whoever runs the tests may ignore some signals, and the program would inherit that.
+HEEDING = """
+import os, signal, sys
+for number in (signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM])
 def test_other_signals_end_it_and_queue_nothing(host: Stage, number: int) -> None:
-    with Program(host) as program:
+    command = [sys.executable, "-I", "-c", HEEDING, *under_test()]
+    with Program(host, command=command) as program:
         client = greeted(program)
         begin_message(client)
         client.send(b"Subject: x\r\n\r\nx\r\n")

@@ -58,12 +58,20 @@ def wait_for_death(pid: int, patience: float = PATIENCE) -> None:
         os.close(descriptor)
 
 
+class Tcp(SocketConnection):
+    """A connection that knows its own port."""
+
+    def __init__(self, end: socket.socket) -> None:
+        super().__init__(end)
+        self.local_port: int = end.getsockname()[1]
+
+
 class Listening:
     """A listener on a stage; it is ended, with all that it started, at the end of a `with`.
 
     Its environment is the stage's and nothing else, and so are its arguments.  `options` are those
     of the command line behind the `usual` ones; `before` is a command that starts the listener, given
-    as its last arguments; other keywords are Popen's.
+    as its last arguments, and `command` one that is started in its place; other keywords are Popen's.
     """
 
     def __init__(
@@ -74,10 +82,11 @@ class Listening:
         port: int | str = 0,
         before: tuple[str, ...] = (),
         usual: tuple[str, ...] = USUAL,
+        command: tuple[str, ...] = (),
         **popen: object,
     ) -> None:
         self.address = ADDRESS if host == "0" else host
-        words = [*before, *program(), *usual, *options, host, str(port), *stage.args]
+        words = [*before, *(command or program()), *usual, *options, host, str(port), *stage.args]
         self._start(stage, words, popen)
         self.port = int(self._stdout())
 
@@ -136,7 +145,7 @@ class Listening:
 
     def connect(self, source: str | None = None) -> Client:
         """A client, from an address."""
-        return Client(SocketConnection(self.socket(source)))
+        return Client(Tcp(self.socket(source)))
 
     def greeted(self, source: str | None = None) -> Client:
         """The same, once it was greeted."""
@@ -208,7 +217,7 @@ def refusal(stage: Stage, *words: str, **popen: object) -> tuple[int, str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         env=octet_environment(stage),
-        timeout=PATIENCE,
+        timeout=5,
         check=False,
         **popen,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import pwd
 import select
 import socket
 import struct
@@ -18,7 +19,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from e2e.programs import find, lack, need
+from conformance.stage import Stage
+from e2e.programs import as_mail_user, find, lack, mail_user, need
+
+from .listening import program
 
 _NUMBERS = itertools.count(2)
 
@@ -148,6 +152,28 @@ def need_root() -> None:
     """Skip the test unless it runs as root."""
     if os.getuid() != 0:
         lack("only root can do that")
+
+
+def need_mail_user() -> pwd.struct_passwd:
+    """The user that a service gives its rights up for; skips the test unless it can run programs of
+    ours, and we can become it.
+    """
+    need_root()
+    started = as_mail_user([*program()], env={"PATH": os.defpath})
+    if started.returncode != 100 or b"usage:" not in started.stderr:
+        lack(f"{mail_user().pw_name} can not start {program()}")
+    return mail_user()
+
+
+def give(stage: Stage, user: pwd.struct_passwd) -> None:
+    """Let a user read a stage, and write where the stand-ins do."""
+    for directory in (stage.home, (stage.tools / "checkpassword").resolve().parent):
+        for part in (directory, *directory.parents):
+            if part.stat().st_uid == os.getuid() and not part.stat().st_mode & 0o001:
+                part.chmod(part.stat().st_mode | 0o011)
+    for directory in (stage.home, stage.home / "control"):
+        directory.chmod(0o755)
+    os.chown(stage.tools, user.pw_uid, user.pw_gid)
 
 
 @contextlib.contextmanager

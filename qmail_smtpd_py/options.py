@@ -1,0 +1,167 @@
+"""The command line of qmail-smtpd-listen: tcpserver's options, and a few long ones of our own."""
+
+from __future__ import annotations
+
+import getopt
+import os
+
+from .proxyprotocol import Peers
+from .tcpenviron import LookUps
+from .tcprules import Rules
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NAME = "qmail-smtpd-listen"
+
+USAGE = f"""\
+usage: {NAME} [tcpserver's options] [our options] host port [checkprogram subprogram ...]
+       {NAME} [-v] [-c n] [-g gid] [-u uid] [our options] --helper=SOCKET
+tcpserver's options: -1dDhHoOpPqQrRUvX -b n -B banner -c n -g gid -l localname -t n -u uid -x cdb
+our options: --daemon --pid-file=FILE --log-file=FILE --max-use=N --max-age=SECONDS
+             --idle=N --drain=SECONDS --proxy-from=ADDRESSES
+"""
+
+_SHORT = "1b:B:c:dDg:hHl:oOpPqQrRt:u:UvVx:X"
+_LONG = (
+    "helper=", "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=",
+    "proxy-from=",
+)  # fmt: skip
+
+
+class StartError(Exception):
+    """The listener can not start; the text says why, and `status` is what it exits with."""
+
+    status = 111
+
+
+class UsageError(StartError):
+    """The command line is wrong."""
+
+    status = 100
+
+
+class Options:
+    """The command line, read."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.look_ups = LookUps()
+        self.limit = 40
+        self.backlog = 512
+        self.banner = ""
+        self.no_delay = True
+        self.keep_ip_options = False
+        self.verbosity = 1
+        self.print_port = False
+        self.rules: Rules | None = None
+        self.uid: int | None = None
+        self.gid: int | None = None
+        self.helper: str | None = None
+        self.host = self.port = ""
+        self.arguments: list[str] = []
+        self.daemon = False
+        self.pid_file: str | None = None
+        self.log_file: str | None = None
+        self.max_use = 100
+        self.max_age = 3600.0
+        self.idle = 2 * (os.cpu_count() or 1)
+        self.drain = 60.0
+        self.proxies: Peers | None = None
+        try:
+            flags, rest = getopt.getopt(words, _SHORT, list(_LONG))
+            rules, optional = None, False
+            for flag, value in flags:
+                if flag == "-x":
+                    rules = value
+                elif flag == "-X":
+                    optional = True
+                else:
+                    self._take(flag, value)
+        except getopt.GetoptError as error:
+            raise UsageError(str(error)) from None
+        except ValueError as error:
+            raise UsageError(f"{flag} {value}: {error}") from None
+        self.rules = Rules(os.path.abspath(rules), optional) if rules is not None else None
+        if self.helper:
+            self.arguments = rest
+        elif len(rest) < 2:
+            raise UsageError("host and port are missing")
+        else:
+            self.host, self.port, *self.arguments = rest
+
+    def _take(self, flag: str, value: str) -> None:
+        """Heed one option; raises ValueError where its value is none."""
+        switches = {
+            "-h": (self.look_ups, "host", True),
+            "-H": (self.look_ups, "host", False),
+            "-p": (self.look_ups, "paranoid", True),
+            "-P": (self.look_ups, "paranoid", False),
+            "-r": (self.look_ups, "ident", True),
+            "-R": (self.look_ups, "ident", False),
+            "-d": (self, "no_delay", False),
+            "-D": (self, "no_delay", True),
+            "-o": (self, "keep_ip_options", True),
+            "-O": (self, "keep_ip_options", False),
+            "-q": (self, "verbosity", 0),
+            "-Q": (self, "verbosity", 1),
+            "-v": (self, "verbosity", 2),
+            "-1": (self, "print_port", True),
+            "--daemon": (self, "daemon", True),
+        }
+        values: dict[str, tuple[str, Callable[[str], object]]] = {
+            "-b": ("backlog", _number),
+            "-B": ("banner", str),
+            "-c": ("limit", _positive),
+            "-g": ("gid", _id),
+            "-u": ("uid", _id),
+            "--helper": ("helper", str),
+            "--pid-file": ("pid_file", str),
+            "--log-file": ("log_file", str),
+            "--max-use": ("max_use", _positive),
+            "--max-age": ("max_age", _seconds),
+            "--idle": ("idle", _positive),
+            "--drain": ("drain", _seconds),
+            "--proxy-from": ("proxies", Peers),
+        }
+        if flag in switches:
+            target, name, switch = switches[flag]
+            setattr(target, name, switch)
+        elif flag in values:
+            name, convert = values[flag]
+            setattr(self, name, convert(value))
+        elif flag == "-t":
+            self.look_ups.ident_seconds = _seconds(value)
+        elif flag == "-l":
+            self.look_ups.local_host = os.fsencode(value)
+        elif flag == "-U":
+            self.uid = _id(os.environ.get("UID", ""))
+            self.gid = _id(os.environ.get("GID", ""))
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError("not a number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    number = _number(text)
+    if not number:
+        raise ValueError("not at least 1")
+    return number
+
+
+def _id(text: str) -> int:
+    """A user or group id; the largest number means none (setuid(2))."""
+    number = _number(text)
+    if number >= 2**32 - 1:
+        raise ValueError("not an id")
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < 1e9:
+        raise ValueError("not a number of seconds")
+    return seconds
