@@ -23,10 +23,6 @@ from .prefork import Place, Pool
 from .smtpd import HOME, Resources, Server, environment
 from .worker import Helper, Service, Worker
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from daemon.pidfile import TimeoutPIDLockFile
-
 _FDS_START = 3  # sd_listen_fds(3)
 _MOST_DESCRIPTORS = 1024  # that we may inherit
 _INHERITED = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor, 1 if it is ours, workers
@@ -228,7 +224,8 @@ def _fill_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it is the lowest that is free
+            # It gets the lowest number that is free.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def _preload(service: Service) -> None:
@@ -297,27 +294,29 @@ def _bind_helper(options: Options) -> socket.socket:
 
 def _drop_privileges(options: Options) -> None:
     """Become -g and -u, with no way back; raises StartError."""
+    who = f"gid {options.gid}"
     try:
         if options.gid is not None:
             os.setgroups([options.gid])
             os.setgid(options.gid)
         if options.uid is not None:
+            who = f"uid {options.uid}"
             os.setuid(options.uid)
     except OSError as error:
-        raise StartError(f"cannot become uid {options.uid}: {error.strerror}") from None
+        raise StartError(f"cannot become {who}: {error.strerror}") from None
 
 
 def _detach(options: Options, listener: Listener) -> None:
-    """Go into the background (python-daemon, PEP 3143) with a pid file."""
+    """Go into the background (python-daemon, PEP 3143); raises StartError."""
     from daemon import DaemonContext
 
-    log_file = sys.stderr
+    _check_pid_file(options.pid_file)
+    pid_file = _open_to_append(options.pid_file or os.devnull)
     if options.log_file:
-        log_file = os.fdopen(os.open(options.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "w")
+        os.dup2(_open_to_append(options.log_file), log.DESCRIPTOR)
     DaemonContext(
-        pidfile=_pid_file(options.pid_file) if options.pid_file else None,
-        files_preserve=[listener.descriptor],
-        stderr=log_file,
+        files_preserve=[listener.descriptor, pid_file],
+        stderr=sys.stderr,
         working_directory="/",
         umask=0o022,
         detach_process=True,
@@ -325,24 +324,47 @@ def _detach(options: Options, listener: Listener) -> None:
         initgroups=False,
         signal_map={},
     ).open()
+    if options.pid_file:
+        os.ftruncate(pid_file, 0)
+    os.write(pid_file, b"%d\n" % os.getpid())
+    os.close(pid_file)
 
 
-def _pid_file(path: str) -> TimeoutPIDLockFile:
-    """The pid file, without what a listener left that could not remove it; raises StartError."""
-    from daemon.pidfile import TimeoutPIDLockFile
-
-    pid_file = TimeoutPIDLockFile(os.path.abspath(path), 0)
-    pid = pid_file.read_pid()
-    if pid is not None:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            pid_file.break_lock()
-        except PermissionError:
-            pass  # it runs, as somebody else
-    if pid_file.is_locked():
+def _check_pid_file(path: str | None) -> None:
+    """Raises StartError where the file has the process id of a listener that runs."""
+    pid = _pid_in(path)
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            runs = NAME.encode() in file.read()
+    except OSError:
+        return
+    if runs:
         raise StartError(f"{path} is there, and process {pid} runs")
-    return pid_file
+
+
+def _remove_pid_file(path: str | None) -> None:
+    """Remove our own file; one that -u may not remove is replaced at the next start."""
+    if path and _pid_in(path) == os.getpid():
+        try:
+            os.unlink(path)
+        except OSError:
+            pass
+
+
+def _pid_in(path: str | None) -> int:
+    """The process id in a pid file; 0 if there is none."""
+    try:
+        with open(path or os.devnull) as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def _open_to_append(path: str) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StartError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _complain(line: str) -> None:
@@ -363,6 +385,8 @@ def main() -> int:
                 _detach(options, listener)
             _drop_privileges(options)
         listener.run()
+        if options.daemon:
+            _remove_pid_file(options.pid_file)
     except StartError as error:
         _complain(f"fatal: {error}")
         if isinstance(error, UsageError):

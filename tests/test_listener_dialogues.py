@@ -1,8 +1,8 @@
 """Every recorded dialogue through the listener, over TCP, all of them in one and the same worker.
 
-What a case says of the environment comes as a rule of tcprules, its home directory among it; so each
-connection has another home, other control files and another certificate than the one before.  A
-session that follows all others in a worker must be what it would be in a process of its own.
+What a case says of the environment comes as a rule of tcprules, its home directory among it; so
+each connection has another home, other control files and another certificate than the one before.
+A session that follows all others in a worker must be what it would be in a process of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOT_TOLD = {
     "TCPREMOTEIP": "whoever listens knows the client's address",
     "TCPLOCALHOST": "whoever listens has a name or looks for one",
 }
-"""Variables that no connection is without, and why; cases without them are the one-shot program's."""
+"""Variables that no connection is without, and why: cases without them are not for TCP."""
 
 
 class Theatre:
@@ -59,7 +59,9 @@ class Theatre:
 
     def _put_rules(self, env: dict[str, str]) -> None:
         """Rules that set these variables for everybody, in the place of those that there are."""
-        variables = b"".join(b"+%s=%s\0" % (name.encode(), value.encode("latin-1")) for name, value in env.items())
+        variables = b"".join(
+            b"+%s=%s\0" % (name.encode(), value.encode("latin-1")) for name, value in env.items()
+        )
         new = self._rules.with_suffix(".new")
         new.write_bytes(make_cdb({b"": variables}))
         new.replace(self._rules)

@@ -1,15 +1,14 @@
 """tcpserver's options and rules, each compared with the real tcpserver.
 
-Both are started with the same options, rules and environment, and a client connects to each from the
-same address.  What tcpserver's program and our qmail-queue then find in their environments must be
-the same, and so must the lines of the log, but for process ids, ports, and why a connection was
+Both are started with the same options, rules and environment, and a client connects to each from
+the same address. What tcpserver's program and our qmail-queue then find in their environments must
+be the same, and so must the lines of the log, but for process ids, ports, and why a connection was
 dropped.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
@@ -29,11 +28,11 @@ OF_THE_PROCESS = {"PATH", "QMAILHOME", "QMAILQUEUE", "DNSCACHEIP"}
 
 
 class Outcome(NamedTuple):
-    """What came of a connection: the variables that the program had, or None where none was started,
-    and the lines of the log.
+    """What came of a connection: the variables that the program had, or None where none was
+    started, and the lines of the log.
     """
 
-    variables: Optional[dict[str, str]]
+    variables: Optional[dict[str, str]]  # noqa: UP045 - a NamedTuple's are evaluated on 3.9
     lines: list[str]
 
     @classmethod
@@ -86,7 +85,9 @@ class Alike:
         (env,) = need("env")
         self._exit = ExitStack()
         with ExitStack() as stack:
-            self.theirs = stack.enter_context(Tcpserver(stage.env, [env, "-0"], *options, usual=usual))
+            self.theirs = stack.enter_context(
+                Tcpserver(stage.env, [env, "-0"], *options, usual=usual)
+            )
             listening = Listening(stage, *options, before=before, usual=usual)
             self.ours = stack.enter_context(listening)
             self._exit = stack.pop_all()
@@ -98,7 +99,7 @@ class Alike:
         self._exit.__exit__(*error)  # type: ignore[arg-type]
 
     def connect(self, source: str) -> Outcome:
-        """What comes of a connection from that address, once it is seen to be the same with both."""
+        """What comes of a connection from that address, seen to be the same with both."""
         self._connections += 1
         theirs, ours = self._of_theirs(source), self._of_ours(source)
         assert ours == theirs
@@ -135,7 +136,7 @@ def parsed(text: bytes) -> dict[str, str]:
 
 @pytest.fixture
 def mx(stage: Stage) -> Stage:
-    """A host that takes mail for everybody, started with variables that a connection must not see."""
+    """A host that takes mail for everybody, with variables that no connection must see."""
     stage.control({"me": "mx.example.org\n"})
     queue = stage.tools / "noting-queue"
     noted = stage.tools / "environment"
@@ -143,7 +144,7 @@ def mx(stage: Stage) -> Stage:
     queue.chmod(0o755)
     stage.environment({"QMAILQUEUE": str(queue)})
     stale = ("PROTO", "TCPREMOTEIP", "TCPREMOTEHOST", "TCPREMOTEINFO", "TCPLOCALHOST")
-    stage.environment({name: "stale" for name in stale} | {"KEPT": "as it is, \xe9 = too"})
+    stage.environment(dict.fromkeys(stale, "stale") | {"KEPT": "as it is, \xe9 = too"})
     return stage
 
 
@@ -211,13 +212,21 @@ def test_names(mx: Stage, tmp_path: Path) -> None:
         with Alike(mx, ("-h",), before, usual=("-v", "-1", "-R")) as alike:
             found = [alike.connect(ip).variables for ip in (honest, mixed, liar, nameless)]
             assert [variables.get("TCPREMOTEHOST") for variables in found if variables] == [
-                "mail.example.net", "mail.example.com", "mail.example.net", None
+                "mail.example.net",
+                "mail.example.com",
+                "mail.example.net",
+                None,
             ]
-            assert {(variables or {}).get("TCPLOCALHOST") for variables in found} == {"mx.example.org"}
+            assert {(variables or {}).get("TCPLOCALHOST") for variables in found} == {
+                "mx.example.org"
+            }
         with Alike(mx, ("-h", "-p"), before) as alike:
             found = [alike.connect(ip).variables for ip in (honest, mixed, liar, nameless)]
             assert [variables.get("TCPREMOTEHOST") for variables in found if variables] == [
-                "mail.example.net", "mail.example.com", None, None
+                "mail.example.net",
+                "mail.example.com",
+                None,
+                None,
             ]
 
 
@@ -241,7 +250,7 @@ def test_ident(mx: Stage, line: str | None) -> None:
     ip = address()
     with Ident(ip, line) as server, Alike(mx, ("-r", "-t", "1")) as alike:
         alike.connect(ip)
-        theirs, ours = server.asked
+        _, ours = server.asked
         assert ours.count(",") == 1
 
 
@@ -293,7 +302,7 @@ def test_rules_by_address(mx: Stage, rules: Callable[..., Path]) -> None:
         assert alike.connect(denied).variables is None
         assert (alike.connect(relay).variables or {})["TCPREMOTEHOST"] == "set by rule"
         assert (alike.connect(other).variables or {})["WHO"] == "prefix"
-        compile_rules(path, f"{other}:deny\n:allow,WHO=\"new\"\n")
+        compile_rules(path, f'{other}:deny\n:allow,WHO="new"\n')
         assert (alike.connect(denied).variables or {})["WHO"] == "new"
         assert alike.connect(other).variables is None
 
@@ -302,9 +311,9 @@ def test_rules_by_ident(mx: Stage, rules: Callable[..., Path]) -> None:
     user = address()
     path = rules(user=user)
     for name, who in (("joe", None), ("ann", "ann"), ("eve", "anybody else")):
-        with Ident(user, f"{{ports}} : USERID : UNIX : {name}\r\n"):
-            with Alike(mx, ("-r", "-x", str(path))) as alike:
-                assert (alike.connect(user).variables or {}).get("WHO") == who
+        answer = f"{{ports}} : USERID : UNIX : {name}\r\n"
+        with Ident(user, answer), Alike(mx, ("-r", "-x", str(path))) as alike:
+            assert (alike.connect(user).variables or {}).get("WHO") == who
 
 
 def test_rules_by_name(mx: Stage, tmp_path: Path) -> None:

@@ -10,7 +10,11 @@ from conformance.stage import Stage
 def mx(stage: Stage) -> Stage:
     """A host that takes mail for example.org, with TLS, and AUTH in clear as well."""
     stage.control(
-        {"me": "mx.example.org\n", "rcpthosts": "example.org\n", "servercert.pem": "@server-rsa.pem"}
+        {
+            "me": "mx.example.org\n",
+            "rcpthosts": "example.org\n",
+            "servercert.pem": "@server-rsa.pem",
+        }
     )
     stage.environment({"SMTPAUTH": "", "FORCETLS": "0"})
     stage.arguments("@checkpassword", "@true")

@@ -70,8 +70,9 @@ class Listening:
     """A listener on a stage; it is ended, with all that it started, at the end of a `with`.
 
     Its environment is the stage's and nothing else, and so are its arguments.  `options` are those
-    of the command line behind the `usual` ones; `before` is a command that starts the listener, given
-    as its last arguments, and `command` one that is started in its place; other keywords are Popen's.
+    of the command line behind the `usual` ones; `before` is a command that starts the listener,
+    given as its last arguments, and `command` one that is started in its place; other keywords are
+    Popen's.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Listening:
         self._process.send_signal(number)
 
     def wait(self, patience: float = PATIENCE) -> int:
-        """Wait for its end, and for that of all processes that write to its log; its exit status."""
+        """Wait for its end, and that of all that write to its log; its exit status."""
         status = self._process.wait(patience)
         assert self.log.wait_for_end(patience), f"processes of it are left:\n{self.log.text()}"
         return status

@@ -70,8 +70,8 @@ class Server:
 
 
 class Ident(Server):
-    """An ident server (RFC 1413) for a client's address: it says `answer_for(ports)`, or nothing where
-    that is None; `asked` are the ports it was asked about.
+    """An ident server (RFC 1413) for a client's address: it says `answer_for(ports)`, or nothing
+    where that is None; `asked` are the ports it was asked about.
     """
 
     def __init__(self, ip: str, line: str | None) -> None:
