@@ -22,11 +22,10 @@ from conformance.stage import Stage
 from conformance.words import Words
 from listener.listening import Listening
 
-NOT_TOLD = {
-    "TCPREMOTEIP": "whoever listens knows the client's address",
-    "TCPLOCALHOST": "whoever listens has a name or looks for one",
-}
-"""Variables that no connection is without, and why: cases without them are not for TCP."""
+ALWAYS_TOLD = {"TCPREMOTEIP", "TCPLOCALHOST"}
+"""Variables that no connection over TCP is without: whoever listens knows the client's address, and
+has a name.  Cases without them are the one-shot program's alone.
+"""
 
 
 class Theatre:
@@ -111,17 +110,15 @@ def theatres(
             pass
 
 
-def not_told(case: Case) -> list[str]:
-    return [why for name, why in NOT_TOLD.items() if name not in case.env]
+OVER_TCP = [case for case in cases.ALL if set(case.env) >= ALWAYS_TOLD]
 
 
 def parameter(case: Case) -> object:
-    marks = [pytest.mark.skip(reason=why) for why in not_told(case)]
-    marks += [pytest.mark.tls] if case.uses_tls else []
+    marks = [pytest.mark.tls] if case.uses_tls else []
     return pytest.param(case, id=case.name, marks=marks)
 
 
-@pytest.mark.parametrize("case", [parameter(case) for case in cases.ALL])
+@pytest.mark.parametrize("case", [parameter(case) for case in OVER_TCP])
 def test_dialogue(case: Case, theatres: Theatres) -> None:
     theatres(case).play(case)
 
@@ -129,7 +126,7 @@ def test_dialogue(case: Case, theatres: Theatres) -> None:
 @pytest.mark.tls
 @pytest.mark.parametrize("seed", range(2))
 def test_dialogues_in_any_order(seed: int, theatres: Theatres) -> None:
-    quick = [case for case in cases.ALL if not not_told(case) and not waits(case)]
+    quick = [case for case in OVER_TCP if not waits(case)]
     order = random.Random(seed).choices(quick, k=120)
     workers = {}
     for number, case in enumerate(order):
