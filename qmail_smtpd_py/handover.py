@@ -21,6 +21,7 @@ import time
 from _socket import (
     AF_UNIX,
     CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
     SCM_RIGHTS,
     SO_PEERCRED,
     SOCK_STREAM,
@@ -101,7 +102,7 @@ def take(program: socket) -> tuple[list[int], list[bytes], dict[bytes, bytes]]:
         text = b""
         while len(text) < _LENGTH or len(text) < _LENGTH + _length(text):
             program.settimeout(max(0.001, deadline - time.monotonic()))
-            piece, ancillary, _, _ = program.recvmsg(65536, CMSG_SPACE(3 * _INT))
+            piece, ancillary, _, _ = program.recvmsg(65536, CMSG_SPACE(3 * _INT), MSG_CMSG_CLOEXEC)
             for level, kind, rights in ancillary:
                 if (level, kind) == (SOL_SOCKET, SCM_RIGHTS):
                     numbers = range(0, len(rights) - len(rights) % _INT, _INT)

@@ -46,6 +46,7 @@ class Listener:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, options.no_delay)
         self._socket.setblocking(False)
         self._stop_at: float | None = None
+        self._renew_at = 0.0
         self._signals: list[int] = []
 
     def _inherit(self) -> socket.socket | None:
@@ -90,7 +91,7 @@ class Listener:
             options.idle,
             2 * options.idle,
             lambda place: self._work(service, place),
-            lambda: _preload(service),
+            lambda: self._prepare(service),
             self._tell,
         )
         pool.predecessors.update(self._predecessors)
@@ -123,6 +124,16 @@ class Listener:
         except ControlError as error:
             raise StartError(str(error)) from None
         return service
+
+    def _prepare(self, service: Service) -> None:
+        """Have ready what the next fork is to share: files, and TLS contexts.
+
+        With the contexts go the keys of session tickets, which are not to be good for ever.
+        """
+        if time.monotonic() > self._renew_at:
+            self._renew_at = time.monotonic() + self._options.max_age
+            service.resources.contexts = tls.CachedContexts()
+        _preload(service)
 
     def _tell(self, line: str) -> None:
         """Log a line, unless -q says that nothing is to be told."""
@@ -157,6 +168,7 @@ class Listener:
             elif number == signal.SIGQUIT:
                 self._stop(pool, 0)
             elif number == signal.SIGHUP:
+                self._renew_at = 0.0
                 pool.replace_all()
             elif number == signal.SIGALRM:
                 _complain(f"status: {pool.board.busy}/{self._options.limit}")

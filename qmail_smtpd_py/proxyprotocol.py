@@ -12,6 +12,13 @@ import select
 import socket
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ipaddress import IPv4Address, IPv6Address
+    from typing import Union
+
+    Address = Union[IPv4Address, IPv6Address]
+
 _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _START_V1 = b"PROXY "
 _LONGEST_V1 = 107
@@ -66,16 +73,19 @@ def read_header(connection: socket.socket, seconds: float) -> Addresses | None:
 def _peek(connection: socket.socket, least: int, deadline: float) -> bytes:
     """The next octets, left where they are: at least that many; raises ProxyError."""
     poll = select.poll()
-    poll.register(connection, select.POLLIN)
+    poll.register(connection, select.POLLIN | select.POLLRDHUP)
     while True:
         left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
+        events = poll.poll(max(0, left) * 1000)
+        if not events:
             raise ProxyError("no whole PROXY header in time")
         data = connection.recv(4096, socket.MSG_PEEK)
-        if not data:
-            raise ProxyError("hung up")
         if len(data) >= least:
             return data
+        if events[0][1] & select.POLLRDHUP:
+            raise ProxyError("hung up")
+        if left <= 0:
+            raise ProxyError("no whole PROXY header in time")
         time.sleep(0.005)  # poll would tell of the octets that are there at once
 
 
@@ -92,10 +102,12 @@ def _read_v1(connection: socket.socket, deadline: float) -> Addresses | None:
     if words[1] == "UNKNOWN":
         return None
     try:
-        family, source, destination, source_port, destination_port = words[1:]
-        if family not in ("TCP4", "TCP6"):
+        family, source, destination, *ports = words[1:]
+        source_port, destination_port = map(_port, ports)
+        ends = ipaddress.ip_address(source), ipaddress.ip_address(destination)
+        if any(family != f"TCP{end.version}" for end in ends):
             raise ValueError
-        return _addresses(source, int(source_port), destination, int(destination_port))
+        return _addresses(*ends, source_port, destination_port)
     except ValueError:
         raise ProxyError("broken PROXY header") from None
 
@@ -117,16 +129,22 @@ def _read_v2(connection: socket.socket, deadline: float) -> Addresses | None:
         raise ProxyError("broken PROXY header")
     ports = body[2 * size : 2 * size + 4]
     return _addresses(
-        str(ipaddress.ip_address(body[:size])),
+        ipaddress.ip_address(body[:size]),
+        ipaddress.ip_address(body[size : 2 * size]),
         int.from_bytes(ports[:2], "big"),
-        str(ipaddress.ip_address(body[size : 2 * size])),
         int.from_bytes(ports[2:], "big"),
     )
 
 
-def _addresses(source: str, source_port: int, destination: str, destination_port: int) -> Addresses:
-    """The addresses, each in its normal form; raises ValueError."""
-    if not (0 <= source_port <= 65535 and 0 <= destination_port <= 65535):
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) > 65535:
         raise ValueError
-    source, destination = str(ipaddress.ip_address(source)), str(ipaddress.ip_address(destination))
-    return Addresses(source, source_port, destination, destination_port)
+    return int(text)
+
+
+def _addresses(
+    source: Address, destination: Address, source_port: int, destination_port: int
+) -> Addresses:
+    """The addresses, as rules have them: an IPv4 address in IPv6's clothes as what it is."""
+    remote, local = (getattr(end, "ipv4_mapped", None) or end for end in (source, destination))
+    return Addresses(str(remote), source_port, str(local), destination_port)
