@@ -180,14 +180,12 @@ class Listener:
     def _stop(self, pool: Pool, seconds: float) -> None:
         """Accept no more, and let the sessions that are there end within so many seconds."""
         self._stop_at = time.monotonic() + seconds
-        if not pool.board.stopping:
-            self._tell(f"stopping: {pool.board.busy} connections left")
-        pool.board.stop()
+        if pool.board.stopping:
+            return
+        pool.stop()
         if self._owns_socket:
-            try:
-                self._socket.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it
-            except OSError:
-                pass  # done before
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._tell(f"stopping: {pool.board.busy} connections left")
 
     def _time_left(self, pool: Pool) -> float | None:
         """Seconds until sessions are cut; None where none are to be."""

@@ -7,7 +7,8 @@ connection costs the parent nothing:
 
     a worker    marks its place busy or idle; where too few are idle, it writes an octet to the
                 parent's pipe; it ends after so many connections, when told to, and when too many
-                are idle
+                are idle; that it is told shows on the board, and by the end of a pipe that the
+                parent holds open, which also ends with the parent
     the parent  sleeps until that pipe, a signal or a dead worker wakes it, and forks until enough
                 are idle, but never more than the limit of connections
 
@@ -96,7 +97,10 @@ class Board:
 
 
 class Place:
-    """A worker's own place on the board, and the parent's ear."""
+    """A worker's own place on the board, and the parent's ear.
+
+    `lifeline` is the end of a pipe that hangs up when the worker is not wanted any more.
+    """
 
     def __init__(
         self,
@@ -104,10 +108,12 @@ class Place:
         number: int,
         parent: int,
         notify: int,
-        most_idle: int,
+        lifeline: int,
         least_idle: int,
+        most_idle: int,
     ) -> None:
         self.board = board
+        self.lifeline = lifeline
         self._number = number
         self._notify = notify
         self._most_idle = most_idle
@@ -183,6 +189,7 @@ class Pool:
         self._places: dict[int, int] = {}  # by process id
         self._births: dict[int, float] = {}  # likewise
         self.predecessors: set[int] = set()
+        self._lifeline, self._held = os.pipe()
         self._hear, self._notify = os.pipe()
         os.set_blocking(self._hear, False)
         os.set_blocking(self._notify, False)
@@ -220,7 +227,17 @@ class Pool:
 
     def replace_all(self) -> None:
         """Let each worker end after the connection that it serves, and others take its place."""
-        self.board.next_epoch()
+        if not self.board.stopping:
+            self.board.next_epoch()
+            os.close(self._held)
+            os.close(self._lifeline)
+            self._lifeline, self._held = os.pipe()
+
+    def stop(self) -> None:
+        """Let each worker end after the connection that it serves."""
+        if not self.board.stopping:
+            self.board.stop()
+            os.close(self._held)
 
     def signal_all(self, number: int) -> None:
         """Send all workers a signal."""
@@ -294,9 +311,10 @@ class Pool:
                 signal.signal(number, _leave_to_parent)
             signal.set_wakeup_fd(-1)
             os.close(self._hear)
+            os.close(self._held)
             gc.disable()
-            idle = self._most_idle, self._least_idle
-            self._work(Place(self.board, place, self._pid, self._notify, *idle))
+            pipes, idle = (self._notify, self._lifeline), (self._least_idle, self._most_idle)
+            self._work(Place(self.board, place, self._pid, *pipes, *idle))
             status = 0
         except Exception as error:  # a defect: what it was, without a traceback
             self._tell(f"fatal: {where(error)}")

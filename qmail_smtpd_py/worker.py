@@ -88,6 +88,7 @@ class Worker:
         self._place.watch_parent(self._listener.close)  # whoever takes its place needs the port
         with select.epoll() as incoming:
             incoming.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            incoming.register(self._place.lifeline, select.EPOLLHUP)
             while served < self._most and self._place.is_wanted and time.monotonic() < self._until:
                 if not incoming.poll(IDLE_SECONDS) and self._place.leave_if_spare():
                     return

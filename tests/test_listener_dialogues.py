@@ -140,4 +140,6 @@ def test_dialogues_in_any_order(seed: int, theatres: Theatres) -> None:
 
 
 def waits(case: Case) -> bool:
-    return any(step.after or step.wait for step in case.steps)
+    """Whether it takes its time: so does the answer to a wrong password."""
+    refused = "535 authentication failed (#5.7.1)"
+    return any(step.after or step.wait or refused in step.replies for step in case.steps)

@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-OURS = ("qmail-smtpd", "qmail-queue-maildir", "checkpassword-users", "qmail-smtpd-users")
+OURS = (
+    "qmail-smtpd",
+    "qmail-smtpd-listen",
+    "qmail-queue-maildir",
+    "checkpassword-users",
+    "qmail-smtpd-users",
+)
 
 _PLACES = ("/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix")
 

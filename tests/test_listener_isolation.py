@@ -1,0 +1,153 @@
+"""Nothing of a connection is seen by the next one that the same worker serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conformance.client import Client
+from conformance.stage import Stage
+from listener.listening import Listening
+from listener.mail import (
+    ENVELOPE,
+    authenticate,
+    begin_message,
+    quit_,
+    send_message,
+    start_tls,
+)
+from listener.peers import compile_rules
+from listener.world import address
+
+pytest_plugins = ["listener.fixtures"]
+
+LEFT = {
+    "a greeting": [b"EHLO left-behind.example"],
+    "a sender": [b"EHLO left-behind.example", *ENVELOPE[:1]],
+    "an envelope": ENVELOPE[:2],
+    "half a command": [b"MAIL FROM:<a@client.example.com>", b"RCPT TO:<user@exam"],
+    "half a message": [*ENVELOPE, b"Subject: left behind"],
+    "half of AUTH": [b"AUTH LOGIN"],
+    "a user's name": [b"AUTH LOGIN", b"am9l"],
+}
+"""What a client says before it hangs up; the last line has no end."""
+
+
+def fresh(client: Client) -> None:
+    """See that a client stands at the very beginning."""
+    assert client.command(b"RCPT TO:<user@example.org>") == "503 MAIL first (#5.5.1)"
+    assert client.command(b"DATA") == "503 MAIL first (#5.5.1)"
+    assert "STARTTLS" in (client.command(b"EHLO client.example.com") or "")
+    assert client.command(ENVELOPE[0]) == "250 ok"
+    relayed = client.command(b"RCPT TO:<u@elsewhere.example>") or ""
+    assert relayed.startswith("553 sorry, that domain isn't in my list of allowed rcpthosts")
+    assert client.command(b"RSET") == "250 flushed"
+
+
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+@pytest.mark.parametrize("tls", [False, True], ids=["clear", "tls"])
+def test_what_a_client_leaves_behind(mx: Stage, left: list[bytes], tls: bool) -> None:
+    with Listening(mx, "-c", "1") as listener:
+        first = listener.greeted()
+        if tls:
+            start_tls(first)
+        *whole, half = left
+        for line in whole:
+            first.command(line)
+        first.send(half)
+        first.settle()
+        first.connection.close()
+        second = listener.greeted()
+        fresh(second)
+        send_message(second)
+        quit_(second)
+        workers = {worker for worker, _ in listener.ends(2)}
+    assert len(workers) == 1
+    message = mx.deliveries()[-1]
+    assert b"left" not in message.read[0]
+    assert message.read[1] == b"Fa@client.example.com\0Tuser@example.org\0\0"
+
+
+def test_who_a_client_was(mx: Stage) -> None:
+    """Authenticated, and under TLS; then somebody else."""
+    with Listening(mx, "-c", "1") as listener:
+        first = listener.greeted()
+        start_tls(first)
+        authenticate(first)
+        assert first.command(b"MAIL FROM:<a@client.example.com>") == "250 ok"
+        assert first.command(b"RCPT TO:<u@elsewhere.example>") == "250 ok"
+        assert first.command(b"RSET") == "250 flushed"
+        send_message(first)
+        quit_(first)
+        second = listener.greeted()
+        fresh(second)
+        send_message(second)
+        authenticate(second)
+        quit_(second)
+    theirs, ours = mx.deliveries()
+    assert theirs.environ["TCPREMOTEINFO"] == "joe"
+    assert "RELAYCLIENT" in theirs.environ
+    assert not {"TCPREMOTEINFO", "RELAYCLIENT"} & ours.environ.keys()
+    assert b"ESMTPSA" in theirs.read[0]
+    assert b"with SMTP;" in ours.read[0] or b"with ESMTP;" in ours.read[0]
+    assert theirs.descriptors.keys() == ours.descriptors.keys() == {0, 1, 2} | listing(ours)
+    for check in mx.checks():
+        assert not {"TCPREMOTEINFO", "RELAYCLIENT"} & check.environ.keys()
+        assert check.descriptors.keys() == {0, 1, 2, 3} | listing(check)
+
+
+def listing(record) -> set[int]:
+    """The descriptor by which a stand-in looked for descriptors."""
+    return {number for number, what in record.descriptors.items() if what.startswith("/proc/")}
+
+
+def test_what_the_rules_said_of_a_client(mx: Stage, tmp_path: Path) -> None:
+    friend, stranger = address(), address()
+    home = tmp_path / "other"
+    (home / "control").mkdir(parents=True)
+    (home / "control" / "me").write_text("other.example.org\n")
+    (home / "control" / "rcpthosts").write_text("example.net\n")
+    queue = mx.env.pop("QMAILQUEUE")
+    text = f"""\
+{friend}:allow,RELAYCLIENT="",DATABYTES="100000",SMTPAUTH="-",ONLY="his",QMAILHOME="{home}"
+:allow,QMAILQUEUE="{queue}"
+"""
+    rules = compile_rules(tmp_path / "rules.cdb", text)
+    with Listening(mx, "-c", "1", "-x", str(rules)) as listener:
+        for _ in range(2):
+            first = listener.connect(friend)
+            assert first.reply() == "220 other.example.org ESMTP"
+            offers = first.command(b"EHLO x") or ""
+            assert "SIZE 100000" in offers
+            assert "AUTH" not in offers
+            assert "STARTTLS" not in offers
+            first.command(ENVELOPE[0])
+            assert first.command(b"RCPT TO:<u@elsewhere.example>") == "250 ok"
+            first.command(b"DATA")
+            assert "unable to exec qq" in (first.command(b".") or "")  # he has no queue
+            first.command(b"QUIT")
+            second = listener.greeted(stranger)
+            fresh(second)
+            offers = second.command(b"EHLO x") or ""
+            assert "AUTH" in offers
+            assert "100000" not in offers
+            send_message(second)
+            quit_(second)
+    for delivery in mx.deliveries():
+        assert not {"ONLY", "DATABYTES", "RELAYCLIENT"} & delivery.environ.keys()
+        assert delivery.environ["QMAILHOME"] == str(mx.home)
+
+
+def test_a_session_that_was_cut_in_tls(mx: Stage) -> None:
+    """Octets of a broken connection do not turn up in the next one."""
+    with Listening(mx, "-c", "1") as listener:
+        first = listener.greeted()
+        start_tls(first)
+        begin_message(first)
+        first.connection.write(first.encrypt(b"Subject: half of a record")[:20])
+        first.connection.close()
+        second = listener.greeted()
+        start_tls(second)
+        send_message(second)
+        quit_(second)
+    assert b"half" not in mx.deliveries()[-1].read[0]

@@ -1,0 +1,307 @@
+"""What an administrator tells a running listener by signals, while sessions are open."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conformance.client import Client
+from conformance.stage import Stage
+from conformance.transport import SocketConnection
+from listener.listening import (
+    PATIENCE,
+    Listening,
+    eventually,
+    program,
+    wait_for_death,
+)
+from listener.mail import begin_message, end_message, quit_, send_message, start_tls
+
+pytest_plugins = ["listener.fixtures"]
+
+
+def is_refused(listener: Listening) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((listener.address, listener.port)) != 0
+
+
+def workers(listener: Listening, at_least: int = 1) -> set[int]:
+    """Its workers, once there are so many."""
+    eventually(lambda: len(listener.workers) >= at_least, f"{at_least} workers")
+    return listener.workers
+
+
+# The end
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_the_end_of_an_idle_listener(mx: Stage, number: int) -> None:
+    with Listening(mx) as listener:
+        quit_(listener.greeted())
+        listener.ends()
+        began = time.monotonic()
+        listener.signal(number)
+        assert listener.wait() == 0
+        assert time.monotonic() - began < 3
+        assert is_refused(listener)
+        listener.log.wait_for(r"^qmail-smtpd-listen: stopping: 0 connections left$")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sessions_go_on_to_their_end(mx: Stage, number: int) -> None:
+    with Listening(mx) as listener:
+        writing, waiting, secure = (listener.greeted() for _ in range(3))
+        begin_message(writing)
+        writing.send(b"Subject: begun\r\n\r\n")
+        start_tls(secure)
+        listener.signal(number)
+        listener.log.wait_for(r"stopping: 3 connections left$")
+        assert is_refused(listener)
+        end_message(writing, b"and ended\r\n")
+        send_message(secure)
+        quit_(secure)
+        send_message(waiting)
+        assert listener.is_running
+        quit_(waiting)
+        assert [status for _, status in listener.ends(2)] == [0, 0]
+        assert listener.is_running
+        quit_(writing)
+        assert listener.wait() == 0
+    assert len(mx.deliveries()) == 3
+    assert all(delivery.read[1].endswith(b"\0") for delivery in mx.deliveries())
+    assert b"Subject: begun\n\nand ended\n" in mx.deliveries()[0].read[0]
+
+
+def cut(listener: Listening, mx: Stage, client: Client) -> None:
+    """See that the session was cut, and that of its message nothing can be queued."""
+    assert listener.wait() == 0
+    assert client.read_to_end() == b""
+    [delivery] = mx.deliveries()
+    assert delivery.read[1] == b""
+
+
+def in_message(listener: Listening) -> Client:
+    """A client inside of a message."""
+    client = listener.greeted()
+    begin_message(client)
+    client.send(b"Subject: never to be ended\r\n\r\n" + b"text\r\n" * 20000)
+    return client
+
+
+def test_sessions_are_cut_when_they_take_too_long(mx: Stage) -> None:
+    with Listening(mx, "--drain=1.5") as listener:
+        client = in_message(listener)
+        began = time.monotonic()
+        listener.signal(signal.SIGTERM)
+        cut(listener, mx, client)
+        assert 1.4 < time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [signal.SIGTERM, signal.SIGTERM],
+        [signal.SIGINT, signal.SIGTERM],
+        [signal.SIGTERM, signal.SIGQUIT],
+        [signal.SIGQUIT],
+    ],
+    ids=lambda signals: " ".join(signal.Signals(number).name for number in signals),
+)
+def test_sessions_are_cut_at_once(mx: Stage, signals: list[int]) -> None:
+    with Listening(mx) as listener:
+        client = in_message(listener)
+        for number in signals:
+            listener.signal(number)
+            listener.log.wait_for(r"stopping: 1 connection")
+        cut(listener, mx, client)
+
+
+def test_signals_that_come_too_late_change_nothing(mx: Stage) -> None:
+    with Listening(mx) as listener:
+        client = listener.greeted()
+        listener.signal(signal.SIGTERM)
+        listener.log.wait_for(r"stopping: 1 connection")
+        before = listener.workers
+        for number in (signal.SIGHUP, signal.SIGUSR2, signal.SIGALRM):
+            listener.signal(number)
+        listener.log.wait_for(r"status: 1/40$", 2)
+        assert is_refused(listener)
+        assert listener.workers <= before
+        send_message(client)
+        quit_(client)
+        assert listener.wait() == 0
+        assert "restarting" not in listener.log.text()
+
+
+# What goes on
+
+
+def test_status(mx: Stage) -> None:
+    with Listening(mx, "-c", "7", usual=("-1", "-R", "-H", "-l", "mx.example.org")) as listener:
+        listener.signal(signal.SIGALRM)
+        listener.log.wait_for(r"^qmail-smtpd-listen: status: 0/7$")
+        clients = [listener.greeted() for _ in range(3)]
+        listener.signal(signal.SIGALRM)
+        listener.log.wait_for(r"^qmail-smtpd-listen: status: 3/7$")
+        for client in clients:
+            quit_(client)
+
+
+def test_workers_are_replaced_each_after_its_session(mx: Stage) -> None:
+    with Listening(mx, "--idle=2") as listener:
+        before = workers(listener, 2)
+        client = listener.greeted()
+        listener.signal(signal.SIGHUP)
+        for pid in before:
+            if f"pid {pid} from" not in listener.log.text():
+                wait_for_death(pid)
+        eventually(lambda: len(before & listener.workers) == 1, "only the busy one is left")
+        [busy] = before & listener.workers
+        send_message(client)
+        quit_(client)
+        wait_for_death(busy)
+        assert listener.ends() == [(busy, 0)]
+        eventually(lambda: not before & listener.workers, "others are in their place")
+        quit_(listener.greeted())
+        assert "warning" not in listener.log.text()
+
+
+# A restart
+
+
+def test_a_restart_keeps_process_id_port_and_sessions(mx: Stage) -> None:
+    with Listening(mx) as listener:
+        old = listener.greeted()
+        begin_message(old)
+        before = workers(listener)
+        for count in (1, 2):
+            listener.signal(signal.SIGUSR2)
+            listener.log.wait_for(r"^qmail-smtpd-listen: restarting$", count)
+            listener.log.wait_for(r": status: 0/40$", count + 1)
+        new = listener.greeted()
+        send_message(new)
+        end_message(old)
+        quit_(old)
+        quit_(new)
+        for pid in before:
+            wait_for_death(pid)
+        quit_(listener.greeted())
+        eventually(lambda: not before & listener.workers, "others are in their place")
+        listener.signal(signal.SIGTERM)
+        assert listener.wait() == 0
+    assert len(mx.deliveries()) == 2
+
+
+def test_a_restart_changes_nothing_that_programs_see(mx: Stage) -> None:
+    mx.environment({"KEPT": "as it is, \xe9 too"})
+    with Listening(mx) as listener:
+        for _ in range(3):
+            client = listener.greeted()
+            send_message(client)
+            quit_(client)
+            [(worker, _)] = listener.ends()
+            listener.signal(signal.SIGUSR2)
+            wait_for_death(worker)
+    first, *others = mx.deliveries()
+    for other in others:
+        assert other.environ.keys() == first.environ.keys()
+        changed = {name for name in first.environ if first.environ[name] != other.environ[name]}
+        assert changed <= {"TCPREMOTEPORT"}
+        assert other.descriptors.keys() == first.descriptors.keys()
+
+
+def test_a_restart_is_to_the_program_that_is_there_now(mx: Stage, tmp_path: Path) -> None:
+    """Found by its relative name, from where the listener was started."""
+    *words, path = program()
+    launcher = tmp_path / "launcher"
+    text = Path(path).read_text()
+    if "__file__" in text:
+        text = text.replace("__file__", repr(path))
+    launcher.write_text(text)
+    command = (*words, launcher.name)
+    with Listening(mx, command=command, cwd=tmp_path) as listener:
+        quit_(listener.greeted())
+        launcher.write_text("import os\nos.write(2, b'the new one\\n')\n" + text)
+        listener.signal(signal.SIGUSR2)
+        listener.log.wait_for(r"^the new one$")
+        quit_(listener.greeted())
+
+
+def test_the_limit_holds_through_a_restart(mx: Stage) -> None:
+    with Listening(mx, "-c", "2") as listener:
+        old = [listener.greeted() for _ in range(2)]
+        listener.signal(signal.SIGUSR2)
+        listener.log.wait_for(r": status: 0/2$", 2)
+        waiting = listener.connect()
+        waiting.patience = 0.5
+        assert waiting.reply() is None
+        quit_(old[0])
+        waiting.patience = PATIENCE
+        assert waiting.reply() == "220 mx.example.org ESMTP"
+        quit_(old[1])
+        quit_(waiting)
+
+
+@pytest.mark.parametrize("drain", [60, 1])
+def test_the_end_after_a_restart_is_that_of_all_sessions(mx: Stage, drain: int) -> None:
+    with Listening(mx, f"--drain={drain}") as listener:
+        client = listener.greeted()
+        begin_message(client)
+        listener.signal(signal.SIGUSR2)
+        listener.log.wait_for(r": status: 0/40$", 2)
+        listener.signal(signal.SIGTERM)
+        listener.log.wait_for(r": stopping: ")
+        if drain == 60:
+            end_message(client)
+            assert listener.is_running
+            quit_(client)
+            assert listener.wait() == 0
+        else:
+            cut(listener, mx, client)
+
+
+class Caller(threading.Thread):
+    """Connects again and again, until it is told to stop; `errors` are what went wrong."""
+
+    def __init__(self, listener: Listening) -> None:
+        super().__init__(daemon=True)
+        self._address = listener.address, listener.port
+        self.stop = threading.Event()
+        self.served = 0
+        self.errors: list[Exception] = []
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            try:
+                client = Client(SocketConnection(socket.create_connection(self._address, PATIENCE)))
+                assert client.reply() == "220 mx.example.org ESMTP"
+                quit_(client)
+            except Exception as error:
+                self.errors.append(error)
+                return
+            self.served += 1
+
+
+def test_nobody_is_refused_while_it_restarts(mx: Stage) -> None:
+    with Listening(mx, "-c", "8") as listener:
+        callers = [Caller(listener) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        for count in range(4):
+            served = sum(caller.served for caller in callers)
+            listener.signal(signal.SIGUSR2 if count < 3 else signal.SIGHUP)
+            if count < 3:
+                listener.log.wait_for(r": restarting$", count + 1)
+            eventually(
+                lambda served=served: sum(caller.served for caller in callers) > served + 40,
+                "connections are served",
+            )
+        for caller in callers:
+            caller.stop.set()
+        for caller in callers:
+            caller.join(PATIENCE)
+        assert [caller.errors for caller in callers] == [[], [], []]

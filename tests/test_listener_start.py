@@ -1,0 +1,250 @@
+"""How a listener starts: where it listens, whose rights it keeps, what stops it from starting."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conformance.client import Client
+from conformance.stage import Stage
+from conformance.transport import SocketConnection
+from listener.listening import (
+    PATIENCE,
+    Listening,
+    children,
+    eventually,
+    octet_environment,
+    program,
+    refusal,
+)
+from listener.mail import authenticate, quit_, send_message
+from listener.world import address, need_root, taken_port
+
+
+@pytest.fixture
+def mx(stage: Stage) -> Stage:
+    """A host that takes mail for example.org."""
+    stage.control({"me": "mx.example.org\n", "rcpthosts": "example.org\n"})
+    return stage
+
+
+def says_hello(listener: Listening) -> bool:
+    return listener.greeted().command(b"QUIT") == "221 mx.example.org"
+
+
+# Where
+
+
+def listening_on(pid: int) -> set[str]:
+    """The local addresses, as /proc has them, of the sockets that a process listens on."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        target = os.readlink(entry)
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    "host, local, remote",
+    [
+        ("127.0.0.1", "0100007F", "127.0.0.1"),
+        ("0", "00000000", "127.0.0.1"),
+        ("localhost", "0100007F", "127.0.0.1"),
+        ("::1", "00000000000000000000000001000000", "::1"),
+        ("::", "00000000000000000000000000000000", "127.0.0.1"),
+        ("::", "00000000000000000000000000000000", "::1"),
+    ],
+)
+def test_host(mx: Stage, host: str, local: str, remote: str) -> None:
+    with Listening(mx, host=host) as listener:
+        assert listening_on(listener.pid) == {local}
+        listener.address = remote
+        assert says_hello(listener)
+        listener.log.wait_for(rf": pid \d+ from {remote}$")
+        client = listener.greeted()
+        send_message(client)
+    [delivery] = mx.deliveries()
+    assert delivery.environ["TCPREMOTEIP"] == delivery.environ["TCPLOCALIP"] == remote
+    assert delivery.environ["PROTO"] == ("TCP6" if ":" in remote else "TCP")
+    assert "(HELO mx.example.org)" not in delivery.read[0].decode()
+
+
+def test_port_by_name(mx: Stage) -> None:
+    need_root()
+    with Listening(mx, host=address(), port="smtp") as listener:
+        assert listener.port == 25
+        assert says_hello(listener)
+
+
+# What stops it
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["127.0.0.1"],
+        ["-z", "127.0.0.1", "0"],
+        ["-c", "many", "127.0.0.1", "0"],
+        ["-c", "0", "127.0.0.1", "0"],
+        ["-b", "-1", "127.0.0.1", "0"],
+        ["-t", "soon", "127.0.0.1", "0"],
+        ["-u", "nobody", "127.0.0.1", "0"],
+        ["-g", "-1", "127.0.0.1", "0"],
+        ["-u", "-1", "127.0.0.1", "0"],
+        ["-U", "127.0.0.1", "0"],
+        ["-c"],
+        ["--max-use=0", "127.0.0.1", "0"],
+        ["--max-age=-1", "127.0.0.1", "0"],
+        ["--drain=nan", "127.0.0.1", "0"],
+        ["--proxy-from=10.0.0.1/8", "127.0.0.1", "0"],
+        ["--proxy-from=", "127.0.0.1", "0"],
+        ["--no-such-option", "127.0.0.1", "0"],
+        ["--daemon=yes", "127.0.0.1", "0"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_line_that_is_wrong(mx: Stage, words: list[str]) -> None:
+    status, text = refusal(mx, *words)
+    assert status == 100
+    lines = text.splitlines()
+    assert lines[0].startswith("qmail-smtpd-listen: fatal: ")
+    assert "usage: qmail-smtpd-listen [tcpserver's options]" in text
+
+
+@pytest.mark.parametrize(
+    "host, port, why",
+    [
+        ("127.0.0.1", "no-such-service", "Servname not supported"),
+        ("127.0.0.1", "70000", "there is no such port"),
+        ("127.0.0.1", "-1", ""),
+        ("no.such.host.invalid", "0", ""),
+        ("a..b", "0", ""),
+        (64 * "x" + ".example", "0", ""),
+        ("192.0.2.1", "0", "Cannot assign requested address"),
+    ],
+)
+def test_an_address_that_can_not_be(mx: Stage, host: str, port: str, why: str) -> None:
+    status, text = refusal(mx, "-1", host, port)
+    assert status == 111
+    assert text.startswith(f"qmail-smtpd-listen: fatal: cannot listen on {host} port {port}: {why}")
+    assert text.count("\n") == 1
+
+
+def test_a_port_that_is_taken(mx: Stage) -> None:
+    with taken_port("127.0.0.1") as port:
+        status, text = refusal(mx, "127.0.0.1", str(port))
+    why = "Address already in use"
+    assert text == f"qmail-smtpd-listen: fatal: cannot listen on 127.0.0.1 port {port}: {why}\n"
+    assert status == 111
+
+
+def test_a_home_that_is_not_there(mx: Stage, tmp_path: Path) -> None:
+    mx.environment({"QMAILHOME": str(tmp_path / "nowhere")})
+    status, text = refusal(mx, "127.0.0.1", "0")
+    assert status == 111
+    assert f"fatal: cannot change to {tmp_path}/nowhere: No such file or directory" in text
+
+
+# Descriptors
+
+
+def test_nothing_that_was_inherited_is_passed_on(mx: Stage, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("of whoever started the listener")
+    mx.arguments("@checkpassword", "@true")
+    mx.environment({"SMTPAUTH": "", "FORCETLS": "0"})
+    with secret.open() as file, Listening(mx, pass_fds=[file.fileno()]) as listener:
+        client = listener.greeted()
+        authenticate(client)
+        send_message(client)
+    for record in (*mx.deliveries(), *mx.checks()):
+        known = {0, 1, 2, 3} if 3 in record.read else {0, 1, 2}
+        assert {
+            number for number, what in record.descriptors.items() if "/proc/" not in what
+        } == known
+        assert str(secret) not in record.descriptors.values()
+
+
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]], ids=str)
+def test_descriptors_that_are_not_there(mx: Stage, closed: list[int]) -> None:
+    """Nothing of ours, such as a connection that then gets the log, takes their numbers."""
+    mx.arguments("@checkpassword", "@true")
+    mx.environment({"SMTPAUTH": "", "FORCETLS": "0"})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shut = " ".join(f"{number}<&-" for number in closed)
+    started = subprocess.Popen(
+        [
+            "sh",
+            "-c",
+            f'exec "$@" {shut}',
+            "sh",
+            *program(),
+            "-R",
+            "-H",
+            "127.0.0.1",
+            str(port),
+            *mx.args,
+        ],
+        env=octet_environment(mx),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        eventually(lambda: is_listening(port), "it listens")
+        client = Client(SocketConnection(socket.create_connection(("127.0.0.1", port))))
+        assert client.reply() == "220 mx.example.org ESMTP"
+        authenticate(client)
+        send_message(client)
+        quit_(client)
+        for pid in (started.pid, *children(started.pid)):
+            for number in range(3):
+                assert "socket:" not in os.readlink(f"/proc/{pid}/fd/{number}")
+    finally:
+        started.send_signal(signal.SIGQUIT)
+        assert started.wait(PATIENCE) == 0
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# A socket that systemd has opened (sd_listen_fds(3))
+
+ACTIVATE = """
+import os, socket, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ["LISTEN_FDS"] = "1"
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_a_socket_that_is_there_already(mx: Stage) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        activate = (sys.executable, "-IS", "-c", ACTIVATE, str(server.fileno()))
+        with Listening(mx, port=0, before=activate, pass_fds=[server.fileno()]) as listener:
+            assert listener.port == server.getsockname()[1]
+            client = listener.greeted()
+            send_message(client)
+            quit_(client)
+            listener.signal(signal.SIGTERM)
+            assert listener.wait() == 0
+        assert not {"LISTEN_FDS", "LISTEN_PID"} & mx.deliveries()[0].environ.keys()
+        # It is systemd's, and still good: connections wait in it for the next listener.
+        with socket.create_connection(server.getsockname()):
+            server.accept()[0].close()
