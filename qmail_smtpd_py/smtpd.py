@@ -13,13 +13,12 @@ import time
 
 from . import log, reply
 from .badmailfrom import BadMailFrom
-from .connection import Connection, Settings
+from .connection import Connection
 from .control import ControlFiles
 from .effects import ControlError, Effects, Identity
-from .path import number
 from .rcpthosts import RcptHosts
-from .sasl import auth_policy
 from .session import CLOSED, TLS_HANDSHAKE, Session
+from .settings import Sources, settings
 from .wire import ConnectionLost, TimedOut, Wire
 
 TYPE_CHECKING = False
@@ -37,7 +36,6 @@ TIMEOUT = 1200
 """Seconds of silence after which a client is given up, where control/timeoutsmtpd says nothing."""
 
 _OUT_OF_MEMORY = "out of memory; is the memory limit too low?"
-_LARGEST_DATABYTES = 4294967294  # netqmail keeps it in 32 bits, and one less is its limit
 _LONGEST_TIMEOUT = 2_000_000  # seconds; what poll(2) takes, in milliseconds
 
 
@@ -82,7 +80,8 @@ class Server(Effects):
         self._arguments = arguments
         self.connection = Connection(environ)
         me = files.line("me")
-        self.settings = _settings(files, environ, me, can_authenticate=bool(arguments))
+        self._sources = Sources(environ, files)
+        self.settings = settings(self._sources, me, can_authenticate=bool(arguments))
         self._ip_host = files.line("localiphost")
         if self._ip_host is None:
             self._ip_host = me
@@ -254,27 +253,6 @@ def _why_not_loaded(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"the module {error.name} is not installed; run make install again"
     return f"{error}; {_OUT_OF_MEMORY}" if str(error) else _OUT_OF_MEMORY
-
-
-def _settings(
-    files: ControlFiles, environ: Mapping[bytes, bytes], me: bytes | None, can_authenticate: bool
-) -> Settings:
-    """What the administrator set; raises ControlError."""
-    greeting = files.line("smtpgreeting")
-    if greeting is None:
-        greeting = me
-    if greeting is None:
-        raise ControlError("neither control/me nor control/smtpgreeting is there")
-    databytes = files.number("databytes", 0)
-    if b"DATABYTES" in environ:
-        databytes = number(environ[b"DATABYTES"])
-    return Settings(
-        greeting,
-        min(databytes, _LARGEST_DATABYTES),
-        auth_policy(environ.get(b"SMTPAUTH")),
-        can_authenticate,
-        force_tls=environ.get(b"FORCETLS") != b"0",
-    )
 
 
 def serve(

@@ -1,0 +1,67 @@
+"""What the administrator set: variables of the environment first, control files behind them.
+
+A variable can be set for one address, by tcprules, or for one port, in its run file; a control file
+counts for all.  So where there are both, the variable wins.
+"""
+
+from __future__ import annotations
+
+from .connection import Settings
+from .effects import ControlError
+from .path import number
+from .sasl import auth_policy
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .control import ControlFiles
+
+_LARGEST_DATABYTES = 4294967294  # netqmail keeps it in 32 bits, and one less is its limit
+
+
+class Sources:
+    """Where settings come from, for one connection."""
+
+    __slots__ = ("environ", "files")
+
+    def __init__(self, environ: Mapping[bytes, bytes], files: ControlFiles) -> None:
+        self.environ = environ
+        self.files = files
+
+    def line(self, variable: bytes, name: str) -> bytes | None:
+        """The value of the variable, or else the first line of the control file, or None; raises
+        ControlError.  An empty variable counts as unset.
+        """
+        return self.environ.get(variable) or self.files.line(name)
+
+    def number(self, variable: bytes, name: str, default: int) -> int:
+        """The number that the variable starts with, or else the control file's, or the default;
+        raises ControlError.  A variable that does not start with a digit counts as unset.
+        """
+        value = self.environ.get(variable, b"")
+        return number(value) if value[:1].isdigit() else self.files.number(name, default)
+
+    def switch(self, variable: bytes) -> bool:
+        """Whether the variable says yes: it is set, and neither empty nor 0."""
+        return self.environ.get(variable, b"") not in (b"", b"0")
+
+
+def settings(sources: Sources, me: bytes | None, can_authenticate: bool) -> Settings:
+    """What the session has to know; `me` is the line of control/me; raises ControlError."""
+    files, environ = sources.files, sources.environ
+    greeting = files.line("smtpgreeting")
+    if greeting is None:
+        greeting = me
+    if greeting is None:
+        raise ControlError("neither control/me nor control/smtpgreeting is there")
+    databytes = files.number("databytes", 0)
+    if b"DATABYTES" in environ:
+        databytes = number(environ[b"DATABYTES"])
+    return Settings(
+        greeting,
+        min(databytes, _LARGEST_DATABYTES),
+        auth_policy(environ.get(b"SMTPAUTH")),
+        can_authenticate,
+        force_tls=environ.get(b"FORCETLS") != b"0",
+    )
