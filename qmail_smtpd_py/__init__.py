@@ -1,3 +1,3 @@
 """qmail-smtpd in Python; `smtpd` composes the program, docs/design.md shows the parts."""
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"

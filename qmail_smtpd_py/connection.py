@@ -38,16 +38,29 @@ class Connection:
         self.local_port = environ.get(b"TCPLOCALPORT")
         self.relay_client = environ.get(b"RELAYCLIENT")
 
+    def without_remote(self) -> Connection:
+        """The connection as if nothing were known of the client's end."""
+        return Connection({b"TCPLOCALHOST": self.local})
+
 
 class Settings:
     """What the administrator set, from control files and variables.
 
     `greeting` is the name in the replies to connect, HELO, EHLO and QUIT; `databytes` the largest
     message in octets, 0 for any; `auth` what SMTPAUTH says; `can_authenticate` whether there is a
-    check program; `force_tls` whether AUTH needs TLS.
+    check program; `force_tls` whether AUTH needs TLS; `force_auth_mail_from` whether who has
+    authenticated may send as nobody else; `hide_host` whether Received leaves out where they are.
     """
 
-    __slots__ = ("auth", "can_authenticate", "databytes", "force_tls", "greeting")
+    __slots__ = (
+        "auth",
+        "can_authenticate",
+        "databytes",
+        "force_auth_mail_from",
+        "force_tls",
+        "greeting",
+        "hide_host",
+    )
 
     def __init__(
         self,
@@ -56,9 +69,13 @@ class Settings:
         auth: AuthPolicy,
         can_authenticate: bool,
         force_tls: bool,
+        force_auth_mail_from: bool = False,
+        hide_host: bool = False,
     ) -> None:
         self.greeting = greeting
         self.databytes = databytes
         self.auth = auth
         self.can_authenticate = can_authenticate
         self.force_tls = force_tls
+        self.force_auth_mail_from = force_auth_mail_from
+        self.hide_host = hide_host

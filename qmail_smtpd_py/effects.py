@@ -20,13 +20,23 @@ class ControlError(Exception):
 
 
 class Identity:
-    """Who the client is by now, for children: RELAYCLIENT and TCPREMOTEINFO, None for unset."""
+    """Who the client is by now, for children: RELAYCLIENT and TCPREMOTEINFO, and the user who has
+    authenticated with the method; None for unset.
+    """
 
-    __slots__ = ("relay_client", "remote_info")
+    __slots__ = ("method", "relay_client", "remote_info", "user")
 
-    def __init__(self, relay_client: bytes | None, remote_info: bytes | None) -> None:
+    def __init__(
+        self,
+        relay_client: bytes | None,
+        remote_info: bytes | None,
+        user: bytes | None = None,
+        method: bytes | None = None,
+    ) -> None:
         self.relay_client = relay_client
         self.remote_info = remote_info
+        self.user = user
+        self.method = method
 
 
 class Delivery:

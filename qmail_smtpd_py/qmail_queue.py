@@ -3,6 +3,10 @@
 It reads the message from descriptor 0 and the envelope from descriptor 1, and says by its exit
 status what became of them.  The envelope is written last and its end last of all: whatever happens
 before, qmail-queue sees an envelope that is cut off and queues nothing.
+
+Filters that stand in for it (simscan, qmail-scanner, qmail-qfilter) may have words of their own for
+the client.  They write them to descriptor 4 or 6, which are one pipe, and exit 82 or 88: a letter,
+D for good or Z for now, and a text (Flavio Curti's patch qmail-queue-custom-error).
 """
 
 from __future__ import annotations
@@ -45,6 +49,17 @@ REPLIES = {
 }
 """What an exit status of qmail-queue means to the client, as in netqmail's qmail.c."""
 
+HAS_TEXT = (82, 88)
+"""Exit statuses that say that the reply is the text on descriptor 4 or 6."""
+
+CODES = {b"D": 554, b"Z": 451}
+"""The reply code that the first octet of such a text stands for."""
+
+_TEXT_WRITERS = (b"simscan", b"qmail-scanner", b"qmail-qfilter")
+_TEXT_DESCRIPTORS = (4, 6)
+_LONGEST_TEXT = 255  # octets with the letter, as in the patch
+_TO_PRINTABLE = bytes(octet if 32 <= octet < 127 else ord("?") for octet in range(256))
+
 CRASHED = Reply(451, b"qq crashed (#4.3.0)")
 PERMANENT = Reply(554, b"qq permanent problem (#5.3.0)")
 TEMPORARY = Reply(451, b"qq temporary problem (#4.3.0)")
@@ -65,22 +80,40 @@ def reply_to(status: int) -> Reply | None:
     return REPLIES.get(status) or (PERMANENT if 11 <= status <= 40 else TEMPORARY)
 
 
-def open_delivery(program: bytes, environ: Mapping[bytes, bytes]) -> QueueDelivery | None:
-    """Start qmail-queue; None where pipes or processes are short.
+def writes_text(program: bytes) -> bool:
+    """Whether the program is, by its name, one of those that have words of their own."""
+    return program.rpartition(b"/")[2].startswith(_TEXT_WRITERS)
+
+
+def reply_of(text: bytes) -> Reply | None:
+    """The reply in what a filter wrote for the client, None if it is none.
+
+    What is in it may be the sender's own (the name of a file, of a virus): no octet of it can end
+    the line.  Line ends become blanks and what else is not printable question marks; nothing is
+    left out, lest what stood on both sides of it should become a word that nobody wrote, such as
+    an enhanced status code.
+    """
+    text = text[:_LONGEST_TEXT].partition(b"\0")[0]  # the end of a string in C
+    code = CODES.get(text[:1])
+    words = b" ".join(text[1:].split())
+    return Reply(code, words.translate(_TO_PRINTABLE)) if code and words else None
+
+
+def open_delivery(
+    program: bytes, environ: Mapping[bytes, bytes], with_text: bool = False
+) -> QueueDelivery | None:
+    """Start qmail-queue, `with_text` with the pipe for a text; None where pipes or processes are
+    short.
 
     A program that can not be executed is told of at the end, as if it had been and had exited 120.
     """
-    try:
-        message_out, message_in = os.pipe()
-    except OSError:
+    ends = _pipes(with_text)
+    if ends is None:
         return None
-    try:
-        envelope_out, envelope_in = os.pipe()
-    except OSError:
-        os.close(message_out)
-        os.close(message_in)
-        return None
+    message_out, message_in, envelope_out, envelope_in, *text = ends
     actions = [(os.POSIX_SPAWN_DUP2, message_out, 0), (os.POSIX_SPAWN_DUP2, envelope_out, 1)]
+    if text:
+        actions += [(os.POSIX_SPAWN_DUP2, text[1], number) for number in _TEXT_DESCRIPTORS]
     trouble = None
     try:
         pid = os.posix_spawn(
@@ -89,13 +122,34 @@ def open_delivery(program: bytes, environ: Mapping[bytes, bytes]) -> QueueDelive
     except OSError as error:
         pid, trouble = 0, error
     finally:
-        os.close(message_out)
-        os.close(envelope_out)
-    delivery = QueueDelivery(pid, message_in, envelope_in, trouble)
+        _close(message_out, envelope_out, *text[1:])
+    delivery = QueueDelivery(pid, message_in, envelope_in, trouble, *text[:1])
     if isinstance(trouble, (BlockingIOError, MemoryError)):
         delivery.cancel()
         return None
     return delivery
+
+
+def _pipes(with_text: bool) -> list[int] | None:
+    """Pipes for message, envelope and text, of each the end to read and the end to write; None if
+    there are not enough descriptors.
+    """
+    ends: list[int] = []
+    try:
+        ends += os.pipe()
+        ends += os.pipe()
+        if with_text:
+            # Whatever is written to it, and whoever keeps it open: nobody waits for this pipe.
+            ends += os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        _close(*ends)
+        return None
+    return ends
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 class QueueDelivery(effects.Delivery):
@@ -104,13 +158,21 @@ class QueueDelivery(effects.Delivery):
     `trouble` is why it could not be started, or None.
     """
 
-    __slots__ = ("_envelope", "_failed", "_message", "_pieces", "_size", "pid", "trouble")
+    __slots__ = ("_envelope", "_failed", "_message", "_pieces", "_size", "_text", "pid", "trouble")
 
-    def __init__(self, pid: int, message: int, envelope: int, trouble: OSError | None) -> None:
+    def __init__(
+        self,
+        pid: int,
+        message: int,
+        envelope: int,
+        trouble: OSError | None,
+        text: int | None = None,
+    ) -> None:
         self.pid = pid
         self.trouble = trouble
         self._message = message
         self._envelope = envelope
+        self._text = text
         self._failed = trouble is not None
         self._pieces: list[bytes] = []
         self._size = 0
@@ -140,25 +202,39 @@ class QueueDelivery(effects.Delivery):
         os.close(self._message)
         self._write_all(self._envelope, envelope)
         os.close(self._envelope)
+        status = os.waitpid(self.pid, 0)[1] if self.pid else 0
+        text = self._read_text()
         if self.trouble:
             return reply_to(_CANNOT_EXEC)
-        _, status = os.waitpid(self.pid, 0)
         if os.WIFSIGNALED(status):
             return CRASHED
         exit_status = os.WEXITSTATUS(status)
+        if exit_status in HAS_TEXT:
+            return reply_of(text) or reply_to(exit_status)
         # It said yes to something that it did not read to the end.
         return reply_to(_READ_ERROR if self._failed and exit_status == 0 else exit_status)
+
+    def _read_text(self) -> bytes:
+        """What there is of a text for the client; its writer has ended, so that all of it is."""
+        if self._text is None:
+            return b""
+        try:
+            return os.read(self._text, _LONGEST_TEXT)
+        except OSError:  # there is none, and somebody else keeps the pipe open
+            return b""
+        finally:
+            os.close(self._text)
 
     def cancel(self) -> None:
         """Give up: qmail-queue finds no envelope, removes what it has and exits.
 
         It is waited for, lest it stay as a zombie, but not for long: nobody needs its status.
         """
-        os.close(self._message)
-        os.close(self._envelope)
+        _close(self._message, self._envelope)
         self._pieces.clear()
         deadline = time.monotonic() + _REAP_SECONDS
         while self.pid and not os.waitpid(self.pid, os.WNOHANG)[0]:
             if time.monotonic() > deadline:
-                return
+                break
             time.sleep(0.002)
+        self._read_text()

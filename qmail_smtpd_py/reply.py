@@ -45,6 +45,7 @@ RCPT_FIRST = Reply(503, b"RCPT first (#5.5.1)")
 
 # Policy.
 AUTH_REQUIRED = Reply(530, b"Authorization required (#5.7.1) ")
+SENDER_NOT_USER = Reply(503, b"from and auth not the same (#5.5.1)")
 SENDER_BLOCKED = Reply(553, b"sorry, your envelope sender is in my badmailfrom list (#5.7.1)")
 TOO_MANY_RECIPIENTS = Reply(452, b"too many recipients (#4.5.3)")
 TOO_BIG = Reply(552, b"sorry, that message size exceeds my databytes limit (#5.3.4)")

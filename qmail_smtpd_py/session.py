@@ -7,7 +7,7 @@ it is forgotten:
 
     transaction      set by MAIL; dropped by RSET, HELO, EHLO, DATA and TLS
     helo             set by HELO and EHLO; dropped by TLS
-    user             set by AUTH; dropped by TLS; RSET and HELO leave it
+    user, method     set by AUTH; dropped by TLS; RSET and HELO leave them
     relay_client, remote_info
                      start as the environment has them; set by AUTH, a client certificate and
                      MAIL's AUTH=; TLS makes them what they were at the start
@@ -64,6 +64,7 @@ class Session:
         """Know no more of the client than the environment tells (RFC 3207 section 4.2)."""
         self._helo: bytes | None = None
         self._user: bytes | None = None
+        self._method: bytes | None = None
         self._relay_client = self._connection.relay_client
         self._remote_info = self._connection.remote_info
         self._certificate: bytes | None = None
@@ -206,10 +207,18 @@ class Session:
             sender = self._address(argument)
         except path.PathError as error:
             return self._refuse(reply.SYNTAX, why=str(error))
+        if not self._may_send_as(sender):
+            return self._refuse(reply.SENDER_NOT_USER, sender=sender)
         if not self._heed_parameters(argument):
             return self._refuse(reply.TOO_BIG, sender=sender)
         self._transaction = Transaction(sender, self._effects.is_sender_blocked(sender))
         return reply.OK
+
+    def _may_send_as(self, sender: bytes) -> bool:
+        """Whether the sender is the user's own, where FORCEAUTHMAILFROM asks for that."""
+        if self._user is None or not self._settings.force_auth_mail_from:
+            return True
+        return sender.lower() == self._user.lower()
 
     def _heed_parameters(self, argument: bytes) -> bool:
         """Take note of MAIL's parameters; False if SIZE (RFC 1870) is beyond databytes."""
@@ -281,15 +290,16 @@ class Session:
             return self._refuse(reply.NO_DELIVERY, sender=transaction.sender)
         self._message = Message(transaction, delivery, self._settings.databytes)
         protocol = trace.protocol(self._cipher, self._user is not None, self._certificate)
+        connection, helo = self._connection, self._helo
+        if self._settings.hide_host and self._user is not None:
+            connection, helo = connection.without_remote(), None
         now = self._effects.now()
-        delivery.write(
-            trace.received(self._connection, self._remote_info, self._helo, protocol, now)
-        )
+        delivery.write(trace.received(connection, self._remote_info, helo, protocol, now))
         self.state = MAIL_DATA
         return reply.GO_AHEAD
 
     def _identity(self) -> Identity:
-        return Identity(self._relay_client, self._remote_info)
+        return Identity(self._relay_client, self._remote_info, self._user, self._method)
 
     def _read_mail_data(self) -> bool:
         """Pass on the mail data that came; False if there is more to come."""
@@ -412,6 +422,7 @@ class Session:
         answer = self._effects.authenticate(credentials, self._identity())
         if answer is reply.AUTHENTICATED:
             self._user = self._remote_info = credentials.user
+            self._method = self._mechanism.lower()
             self._relay_client = b""
         return self._log_auth(answer, credentials.user)
 

@@ -64,4 +64,6 @@ def settings(sources: Sources, me: bytes | None, can_authenticate: bool) -> Sett
         auth_policy(environ.get(b"SMTPAUTH")),
         can_authenticate,
         force_tls=environ.get(b"FORCETLS") != b"0",
+        force_auth_mail_from=sources.switch(b"FORCEAUTHMAILFROM"),
+        hide_host=sources.switch(b"HIDE_HOST"),
     )

@@ -123,7 +123,13 @@ class Server(Effects):
 
     def _child_environ(self, identity: Identity) -> dict[bytes, bytes]:
         environ = dict(self._environ)
-        now = {b"RELAYCLIENT": identity.relay_client, b"TCPREMOTEINFO": identity.remote_info}
+        now = {
+            b"RELAYCLIENT": identity.relay_client,
+            b"TCPREMOTEINFO": identity.remote_info,
+            b"SMTPAUTHUSER": identity.user,
+            b"SMTPAUTHMETHOD": identity.method,
+            b"SMTP_AUTH_USER": identity.user,
+        }
         for name, value in now.items():
             environ.pop(name, None)
             if value is not None:
@@ -134,7 +140,10 @@ class Server(Effects):
         from . import qmail_queue
 
         program = self._environ.get(b"QMAILQUEUE") or qmail_queue.DEFAULT_PROGRAM
-        delivery = qmail_queue.open_delivery(program, self._child_environ(identity))
+        chosen = self._environ.get(b"QMAILQUEUE_CUSTOM_ERROR")
+        with_text = chosen != b"0" if chosen else qmail_queue.writes_text(program)
+        environ = self._child_environ(identity)
+        delivery = qmail_queue.open_delivery(program, environ, with_text)
         if delivery is None:
             self.log("error", {"why": "no descriptors or processes for qmail-queue"})
         elif delivery.trouble:

@@ -181,6 +181,72 @@ def test_mail_needs_authentication_whatever_comes_before(before: bytes) -> None:
     assert session.receive(b"RCPT TO:<u@here.example>\r\n").startswith(b"503 ")
 
 
+# Who sends
+
+LOGIN = {
+    b"plain": GOOD,
+    b"login": b"AUTH LOGIN\r\n%s\r\n%s\r\n" % (base64(b"joe"), base64(b"secret")),
+    b"cram-md5": b"AUTH CRAM-MD5\r\n%s\r\n" % base64(b"joe 0123"),
+}
+
+
+@pytest.mark.parametrize("method", LOGIN)
+def test_children_learn_who_has_authenticated_and_how(method: bytes) -> None:
+    session, world = open_session()
+    for before in (b"", LOGIN[method] + b"RSET\r\nEHLO x\r\n", b"STARTTLS\r\n"):
+        session.receive(before)
+        if before == b"STARTTLS\r\n":
+            session.tls_started(b"CIPHER")
+        session.receive(IN_A_MESSAGE + b".\r\n")
+    assert world.users == [(None, None), (b"joe", method), (None, None)]
+
+
+FROM_WHOM = {
+    b"<joe>": 250,
+    b"<JOE>": 250,
+    b"<joe@here.example>": 503,
+    b"<joes>": 503,
+    b"<jo>": 503,
+    b"<>": 503,
+    b'<"joe">': 250,
+    b"<@relay.example:joe>": 250,
+}
+
+
+@pytest.mark.parametrize("sender", FROM_WHOM)
+def test_a_user_sends_as_nobody_else_where_that_is_asked_for(sender: bytes) -> None:
+    session, world = open_session(force_auth_mail_from=True)
+    mail = b"MAIL FROM:" + sender + b"\r\n"
+    assert session.receive(mail) == b"250 ok\r\n", "nobody has authenticated"
+    session.receive(b"RSET\r\n" + GOOD)
+    assert grammar.codes(session.receive(mail)) == [FROM_WHOM[sender]]
+    if FROM_WHOM[sender] == 503:
+        assert b'code=503 why="from and auth not the same' in world.lines[-1]
+        assert session.receive(b"RCPT TO:<u@here.example>\r\n").startswith(b"503 MAIL first")
+        assert session.receive(b"MAIL FROM:<joe>\r\n") == b"250 ok\r\n", "and may try again"
+    session.receive(b"RSET\r\nSTARTTLS\r\n")
+    session.tls_started(b"CIPHER")
+    assert session.receive(mail) == b"250 ok\r\n", "nobody has, any more"
+
+
+def test_a_user_may_send_as_anybody_where_nothing_is_asked_for() -> None:
+    session, _ = open_session()
+    session.receive(GOOD)
+    assert session.receive(b"MAIL FROM:<ann@here.example>\r\n") == b"250 ok\r\n"
+
+
+@pytest.mark.parametrize("hide_host", [False, True])
+def test_where_a_user_is_can_be_left_out_of_received(hide_host: bool) -> None:
+    session, world = open_session(hide_host=hide_host)
+    message = IN_A_MESSAGE + b".\r\n"
+    session.receive(b"EHLO laptop.home\r\n" + message + GOOD + message)
+    stranger, user = (queue.message for queue in world.queues)
+    assert stranger.startswith(b"Received: from unknown (HELO laptop.home) (192.0.2.1)\n")
+    seen = b"from unknown (HELO laptop.home) (joe@192.0.2.1)"
+    hidden = b"from unknown (joe@unknown)"
+    assert user.startswith(b"Received: %s\n  by here.example" % (hidden if hide_host else seen))
+
+
 # The end
 
 LETTER = b"Subject: x\r\n\r\ntext\r\n.\r\n"

@@ -86,7 +86,8 @@ def variables_read(module: str) -> Iterator[str]:
     """The variables that a module looks for in an environment."""
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
-            if node.func.attr in ("get", "pop") and is_environment(node.func.value):
+            is_read = node.func.attr in ("get", "pop") and is_environment(node.func.value)
+            if is_read or ast.unparse(node.func.value).endswith("sources"):
                 yield text_of(node.args[0]) or ""
         elif isinstance(node, ast.Subscript) and is_environment(node.value):
             yield text_of(node.slice) or ""
@@ -112,6 +113,8 @@ def control_files_read(module: str) -> Iterator[str]:
             if node.func.attr in FILE_METHODS and receiver.endswith("files"):
                 name = node.args[0]
                 yield text_of(name) or constants.get(getattr(name, "id", "")) or ""
+            elif receiver.endswith("sources") and len(node.args) > 1:
+                yield text_of(node.args[1]) or ""
 
 
 def found_in(main: str, search: object) -> set[str]:

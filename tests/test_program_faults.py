@@ -286,7 +286,8 @@ def test_children_get_the_environment_that_the_program_was_started_with(host: St
         assert client.reply()
     (check,), (before, after) = host.checks(), host.deliveries()
     assert check.environ == before.environ == host.env
-    assert after.environ == {**host.env, "RELAYCLIENT": "", "TCPREMOTEINFO": "joe"}
+    joe = {"SMTPAUTHUSER": "joe", "SMTP_AUTH_USER": "joe", "SMTPAUTHMETHOD": "plain"}
+    assert after.environ == {**host.env, "RELAYCLIENT": "", "TCPREMOTEINFO": "joe", **joe}
 
 
 def test_the_interpreter_puts_nothing_into_the_environment(host: Stage) -> None:

@@ -41,11 +41,14 @@ class Queue(Delivery):
 
 
 class World(Effects):
-    """`queues`, `identities` and `lines` are what qmail-queue was given, as whom, and the log."""
+    """`queues`, `identities` and `lines` are what qmail-queue was given, as whom, and the log;
+    `users` who had authenticated, and how.
+    """
 
     def __init__(self) -> None:
         self.queues: list[Queue] = []
         self.identities: list[tuple[bytes | None, bytes | None]] = []
+        self.users: list[tuple[bytes | None, bytes | None]] = []
         self.lines: list[bytes] = []
 
     def now(self) -> int:
@@ -63,6 +66,7 @@ class World(Effects):
     def open_delivery(self, identity: Identity) -> Queue | None:
         self.queues.append(Queue(len(self.queues) + 1))
         self.identities.append((identity.relay_client, identity.remote_info))
+        self.users.append((identity.user, identity.method))
         return self.queues[-1]
 
     def is_sender_blocked(self, sender: bytes) -> bool:
@@ -87,13 +91,16 @@ class World(Effects):
 
 
 def open_session(
-    smtpauth: bytes | None = b"+cram", force_tls: bool = False, databytes: int = 0
+    smtpauth: bytes | None = b"+cram",
+    force_tls: bool = False,
+    databytes: int = 0,
+    **more: bool,
 ) -> tuple[Session, World]:
-    """A session in a world of its own."""
+    """A session in a world of its own; `more` are settings."""
     world = World()
     connection = Connection({b"TCPREMOTEIP": b"192.0.2.1", b"TCPLOCALHOST": b"here.example"})
     policy = auth_policy(smtpauth)
-    settings = Settings(b"here.example", databytes, policy, True, force_tls)
+    settings = Settings(b"here.example", databytes, policy, True, force_tls, **more)
     return Session(connection, settings, world), world
 
 
