@@ -17,7 +17,8 @@ class Connection:
     """The connection as tcpserver describes it in the environment (tcp-environ(5)).
 
     `remote_info`, `relay_client` and `local_port` are None where their variables are unset: an
-    empty value means something else.
+    empty value means something else.  An IPv4 address in IPv6's clothes, as a socket for both
+    has it (RFC 4291 section 2.5.5.2), is taken for what it is.
     """
 
     __slots__ = (
@@ -30,10 +31,10 @@ class Connection:
     )
 
     def __init__(self, environ: Mapping[bytes, bytes]) -> None:
-        self.remote_ip = environ.get(b"TCPREMOTEIP", b"unknown")
+        self.remote_ip = _plain_ip(environ.get(b"TCPREMOTEIP", b"unknown"))
         self.remote_host = environ.get(b"TCPREMOTEHOST", b"unknown")
         self.remote_info = environ.get(b"TCPREMOTEINFO")
-        local_ip = environ.get(b"TCPLOCALIP", b"unknown")
+        local_ip = _plain_ip(environ.get(b"TCPLOCALIP", b"unknown"))
         self.local = environ.get(b"TCPLOCALHOST", local_ip)
         self.local_port = environ.get(b"TCPLOCALPORT")
         self.relay_client = environ.get(b"RELAYCLIENT")
@@ -41,6 +42,10 @@ class Connection:
     def without_remote(self) -> Connection:
         """The connection as if nothing were known of the client's end."""
         return Connection({b"TCPLOCALHOST": self.local})
+
+
+def _plain_ip(ip: bytes) -> bytes:
+    return ip[7:] if ip[:7].lower() == b"::ffff:" and b"." in ip else ip
 
 
 class Settings:

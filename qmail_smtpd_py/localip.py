@@ -1,7 +1,8 @@
 """Address literals of our own: `user@[192.0.2.1]` is `user@localiphost` where the IP is ours.
 
-Ours are the IPv4 addresses of the interfaces that are up, and 0.0.0.0, as in qmail's ipme.c.  They
-are looked up when an address has a literal, as most sessions have none.
+Ours are the IPv4 addresses of the interfaces that are up, and 0.0.0.0, as in qmail's ipme.c, and in
+`[IPv6:2001:db8::1]` (RFC 5321 section 4.1.3) the IPv6 addresses, and `::`.  They are looked up when
+an address has a literal, as most sessions have none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ _SIOCGIFCONF = 0x8912  # netdevice(7); all of Linux has these numbers
 _SIOCGIFFLAGS = 0x8913
 _IFF_UP = 1
 _NAME_SIZE = 16
+_MAPPED = bytes(10) + b"\xff\xff"
 
 
 def localize(address: bytes, host: bytes) -> bytes:
@@ -17,10 +19,17 @@ def localize(address: bytes, host: bytes) -> bytes:
     local_part, at, domain = address.rpartition(b"@")
     if not at or not domain.startswith(b"[") or not domain.endswith(b"]"):
         return address
-    ip = _parse(domain[1:-1])
-    if ip is None or (ip != bytes(4) and ip not in _our_addresses()):
-        return address
-    return local_part + at + host
+    return local_part + at + host if _is_ours(domain[1:-1]) else address
+
+
+def _is_ours(literal: bytes) -> bool:
+    """Whether what stands in the brackets is an address of this host."""
+    is_ipv6 = literal[:5].upper() == b"IPV6:"
+    ip = _parse_ipv6(literal[5:]) if is_ipv6 else _parse(literal)
+    if ip is None:
+        return False
+    ours = _our_addresses if len(ip) == 4 else _our_ipv6_addresses
+    return not any(ip) or ip in ours()
 
 
 def _parse(text: bytes) -> bytes | None:
@@ -30,6 +39,28 @@ def _parse(text: bytes) -> bytes | None:
         return None
     octets = [int(part) for part in parts]
     return bytes(octets) if max(octets) < 256 else None
+
+
+def _parse_ipv6(text: bytes) -> bytes | None:
+    """The sixteen octets of an IPv6 address, the four of an IPv4 address that is mapped into one
+    (RFC 4291 section 2.5.5.2), or None.
+    """
+    import socket
+
+    try:
+        ip = socket.inet_pton(socket.AF_INET6, text.decode("ascii"))
+    except (OSError, ValueError):
+        return None
+    return ip[12:] if ip.startswith(_MAPPED) else ip
+
+
+def _our_ipv6_addresses() -> set[bytes]:
+    """The IPv6 addresses of the interfaces, as the kernel lists them; none if it has none."""
+    try:
+        with open("/proc/net/if_inet6", encoding="ascii") as table:
+            return {bytes.fromhex(line[:32]) for line in table}
+    except (OSError, ValueError):
+        return set()
 
 
 def _our_addresses() -> set[bytes]:

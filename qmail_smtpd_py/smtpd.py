@@ -288,8 +288,7 @@ def serve(
     except HandedOver as handed_over:
         return handed_over.exit_status
     except ControlError as error:
-        ip = environ.get(b"TCPREMOTEIP", b"unknown")
-        log.write("error", {"ip": ip, "why": str(error)})
+        log.write("error", {"ip": Connection(environ).remote_ip, "why": str(error)})
         if not may_begin:
             wire.write(reply.CONTROLS_UNREADABLE.render())
         return 1

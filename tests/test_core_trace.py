@@ -57,6 +57,22 @@ def test_what_tcpserver_did_not_tell_is_unknown() -> None:
     assert b"by 192.0.2.1 with" in received({b"TCPLOCALIP": b"192.0.2.1"})
 
 
+@pytest.mark.parametrize(
+    ("told", "ip"),
+    [
+        (b"2001:db8::25", b"2001:db8::25"),
+        (b"fe80::25%eth0", b"fe80::25%eth0"),
+        (b"::ffff:192.0.2.25", b"192.0.2.25"),
+        (b"::FFFF:192.0.2.25", b"192.0.2.25"),
+        (b"::ffff:0", b"::ffff:0"),
+        (b"::192.0.2.25", b"::192.0.2.25"),
+    ],
+)
+def test_an_ipv4_address_in_the_clothes_of_ipv6_is_what_it_is(told: bytes, ip: bytes) -> None:
+    field = received({b"TCPREMOTEIP": told, b"TCPLOCALIP": told}, b"joe")
+    assert field.startswith(b"Received: from unknown (joe@%s)\n  by %s with" % (ip, ip))
+
+
 octets = st.one_of(
     st.binary(max_size=40),
     st.sampled_from([b"x\r\nX-Forged: yes", b"x)\n(", b"; now", b"a\0b", b"\\"]),
