@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DESCRIPTOR = 2
 
+OUT_OF_MEMORY = "out of memory; is the memory limit too low?"
+
 _VALUE_LIMIT = 1200
 _PLAIN = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:_-<>[],!#&*~?"
 _PRINTABLE = bytes(range(32, 127))

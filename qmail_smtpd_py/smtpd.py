@@ -19,23 +19,22 @@ from .effects import ControlError, Effects, Identity
 from .rcpthosts import RcptHosts
 from .session import CLOSED, TLS_HANDSHAKE, Session
 from .settings import Sources, settings
-from .wire import ConnectionLost, TimedOut, Wire
+from .wire import ConnectionLost, HandedOver, TimedOut, Wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from .effects import Delivery
-    from .handover import Offer
+    from .encryption import Encryption
     from .reply import Reply
     from .sasl import Credentials
-    from .tls import CachedContexts, Channel, Context
+    from .tls import CachedContexts
 
 HOME = b"/var/qmail"
 TIMEOUT = 1200
 """Seconds of silence after which a client is given up, where control/timeoutsmtpd says nothing."""
 
-_OUT_OF_MEMORY = "out of memory; is the memory limit too low?"
 _LONGEST_TIMEOUT = 2_000_000  # seconds; what poll(2) takes, in milliseconds
 
 
@@ -88,11 +87,8 @@ class Server(Effects):
         self.timeout = min(max(1, files.number("timeoutsmtpd", TIMEOUT)), _LONGEST_TIMEOUT)
         self._bad_mail_from = BadMailFrom(files)
         self._rcpt_hosts = RcptHosts(files)
-        self._ciphers: list[bytes] = []
         self.is_smtps = b"SMTPS" in environ
-        self._offer: Offer | None = None
-        self._context: Context | None = None
-        self._channel: Channel | None = None
+        self._encryption: Encryption | None = None
 
     def close(self) -> None:
         """Give back what is open."""
@@ -175,93 +171,27 @@ class Server(Effects):
             self.log("error", {"why": f"STARTTLS not offered: {error}"})
             return False
 
-    def prepare_tls(self) -> Reply | None:
-        if self._finds_helper():
-            return None
-        chosen = self._environ.get(b"TLSCIPHERS")
-        self._ciphers = [chosen] if chosen else self._files.list("tlsserverciphers") or []
-        try:
-            from . import tls
+    @property
+    def encryption(self) -> Encryption:
+        """TLS for this connection; made, and its code loaded, when it is first asked for."""
+        if self._encryption is None:
+            from .encryption import Encryption
 
-            if self._contexts:
-                self._context = self._contexts.get(self._ciphers, self._asks_for_certificates())
-            else:
-                tls.check()
-        except _NOT_LOADED as error:
-            self.log("error", {"why": f"TLS not available: {_why_not_loaded(error)}"})
-            return reply.tls_unavailable(b"not available")
-        except tls.TlsError as error:
-            self.log("error", {"why": f"TLS not available: {error}"})
-            if isinstance(error, tls.Unavailable):
-                return reply.tls_unavailable(error.what, error.reason.encode("ascii", "replace"))
-            return reply.tls_unavailable(b"not available")
-        return None
+            self._encryption = Encryption(
+                self._sources, self._arguments, self.connection, self._contexts, self.log
+            )
+        return self._encryption
+
+    def prepare_tls(self) -> Reply | None:
+        return self.encryption.prepare()
 
     def preload(self) -> None:
         """Make the TLS context that this environment asks for; what is wrong goes to the log."""
         if self._contexts and self.offers_tls():
             self.prepare_tls()
 
-    def _finds_helper(self) -> bool:
-        """Whether a helper is there that will serve the session from the handshake on."""
-        path = self._environ.get(b"TLSHELPER")
-        if not path or self._contexts:
-            return False
-        from . import handover
-
-        try:
-            self._offer = handover.offer(path, (0, 1, 2), self._arguments, self._environ)
-        except handover.HandoverError as error:
-            why = f"no help from {os.fsdecode(path)}: {error}; doing TLS ourselves"
-            self.log("error", {"why": why})
-        return self._offer is not None
-
-    def start_tls(self, wire: Wire) -> bytes:
-        """Make the handshake; the name of the cipher.  Raises ConnectionLost, or HandedOver."""
-        if self._offer:
-            raise HandedOver(self._offer.complete())
-        try:
-            from . import tls
-
-            context = self._context or tls.Context(self._ciphers, self._asks_for_certificates())
-            for warning in context.warnings:
-                self.log("error", {"why": warning})
-            self._channel = channel = tls.Channel(context)
-            wire.start_tls(channel)
-        except TimedOut:
-            why = "timeout"
-        except _NOT_LOADED as error:
-            why = _why_not_loaded(error)
-        except (ConnectionLost, tls.TlsError) as error:
-            why = str(error)
-        else:
-            self.log("tls", {"result": "ok", **channel.facts()})
-            return channel.cipher().encode()
-        self.log("tls", {"result": "failed", "why": why})
-        raise ConnectionLost("TLS handshake failed")
-
-    def _asks_for_certificates(self) -> bool:
-        """Whether a client certificate could make a difference."""
-        if self.connection.relay_client is not None:
-            return False
-        return self._files.exists("tlsclients") and self._files.exists("clientca.pem")
-
     def certified_client(self) -> tuple[bytes | None, bytes]:
-        clients = self._files.list("tlsclients")
-        if self._channel is None or clients is None:
-            return None, b""
-        return self._channel.certified_address([client.lower() for client in clients])
-
-
-_NOT_LOADED = (ImportError, MemoryError, OSError, RuntimeError, SystemError)
-"""What importing a library raises where it is not there, or memory runs out."""
-
-
-def _why_not_loaded(error: Exception) -> str:
-    """What to do where a library could not be loaded."""
-    if isinstance(error, ModuleNotFoundError):
-        return f"the module {error.name} is not installed; run make install again"
-    return f"{error}; {_OUT_OF_MEMORY}" if str(error) else _OUT_OF_MEMORY
+        return self.encryption.certified_client()
 
 
 def serve(
@@ -298,14 +228,6 @@ def serve(
             server.close()
 
 
-class HandedOver(Exception):
-    """The helper has served the rest of the session, and this is the exit status."""
-
-    def __init__(self, exit_status: int) -> None:
-        super().__init__()
-        self.exit_status = exit_status
-
-
 def _converse(wire: Wire, server: Server, may_begin: Callable[[], bool] | None) -> int:
     """Run the session to its end, whatever that is; the exit status."""
     connection = server.connection
@@ -335,12 +257,12 @@ def _dialogue(
             wire.write(refusal.render())
         if refusal or (may_begin and not may_begin()):
             return "no TLS"
-        session.tls_started(server.start_tls(wire))
+        session.tls_started(server.encryption.start(wire))
     if server.is_smtps or not may_begin:
         wire.write(session.greet())
     while session.state != CLOSED:
         if session.state == TLS_HANDSHAKE:
-            session.tls_started(server.start_tls(wire))
+            session.tls_started(server.encryption.start(wire))
             continue
         try:
             data = wire.read()
@@ -360,7 +282,7 @@ def main() -> int:
     except (ConnectionLost, TimedOut, KeyboardInterrupt):
         return 1
     except MemoryError:
-        why = _OUT_OF_MEMORY
+        why = log.OUT_OF_MEMORY
     except Exception as error:  # a defect: no traceback, as it could show what nobody may see
         why = f"internal error: {log.where(error)}"
     log.write("error", {"why": why})  # here, where the memory that an exception held is free

@@ -29,6 +29,14 @@ class ConnectionLost(Exception):
     """Nothing more can come from the client; the text says why."""
 
 
+class HandedOver(Exception):
+    """Another process has served the rest of the session, and this is the exit status."""
+
+    def __init__(self, exit_status: int) -> None:
+        super().__init__()
+        self.exit_status = exit_status
+
+
 class Wire:
     """The two directions of a connection; `timeout` is in seconds, for each read or write."""
 

@@ -33,7 +33,7 @@ EDGES_THAT_MEET = {
 }
 
 UPWARDS = {
-    ("smtpd", "handover"): "a session can go on, from STARTTLS on, in a process of the listener's",
+    ("encryption", "handover"): "the listener's helper can go on with a session",
 }
 
 CORE_NEEDS = {"binascii", "io", "time"}

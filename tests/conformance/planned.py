@@ -144,8 +144,8 @@ class PlannedServer(Server):
 
     def handshake(self, options: dict) -> None:
         """Make a handshake that is complete."""
-        certificate = options.get("cert") if self._asks_for_certificates() else None
-        self._channel = PlannedChannel(*_CERTIFICATES[certificate])
+        certificate = options.get("cert") if self.encryption.asks_for_certificates() else None
+        self.encryption.channel = PlannedChannel(*_CERTIFICATES[certificate])
 
 
 class Rehearsal:

@@ -1,0 +1,139 @@
+"""TLS for one connection: whether it can be had, with what, and its beginning.
+
+What `tls` is told, it is told here: the administrator's choice of ciphers, whom to ask for a
+certificate, and whether a helper does the work.  What goes wrong becomes a reply and a line in the
+log.  Loaded when a session first needs it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import log, reply
+from .wire import ConnectionLost, HandedOver, TimedOut
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from .connection import Connection
+    from .handover import Offer
+    from .reply import Reply
+    from .settings import Sources
+    from .tls import CachedContexts, Channel, Context
+    from .wire import Wire
+
+    Log = Callable[[str, Mapping[str, object]], None]
+
+
+class Encryption:
+    """What a session's TLS needs of the world; `channel` is there once the handshake began.
+
+    `arguments` are for a helper; `contexts` are there where the process serves many connections.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        arguments: Sequence[bytes],
+        connection: Connection,
+        contexts: CachedContexts | None,
+        log: Log,
+    ) -> None:
+        self._environ = sources.environ
+        self._files = sources.files
+        self._arguments = arguments
+        self._connection = connection
+        self._contexts = contexts
+        self._log = log
+        self._ciphers: list[bytes] = []
+        self._offer: Offer | None = None
+        self._context: Context | None = None
+        self.channel: Channel | None = None
+
+    def prepare(self) -> Reply | None:
+        """See that a handshake can begin: None if so; raises ControlError."""
+        if self._finds_helper():
+            return None
+        chosen = self._environ.get(b"TLSCIPHERS")
+        self._ciphers = [chosen] if chosen else self._files.list("tlsserverciphers") or []
+        try:
+            from . import tls
+
+            if self._contexts:
+                self._context = self._contexts.get(self._ciphers, self.asks_for_certificates())
+            else:
+                tls.check()
+        except _NOT_LOADED as error:
+            self._log("error", {"why": f"TLS not available: {_why_not_loaded(error)}"})
+            return reply.tls_unavailable(b"not available")
+        except tls.TlsError as error:
+            self._log("error", {"why": f"TLS not available: {error}"})
+            if isinstance(error, tls.Unavailable):
+                return reply.tls_unavailable(error.what, error.reason.encode("ascii", "replace"))
+            return reply.tls_unavailable(b"not available")
+        return None
+
+    def _finds_helper(self) -> bool:
+        """Whether a helper is there that will serve the session from the handshake on."""
+        path = self._environ.get(b"TLSHELPER")
+        if not path or self._contexts:
+            return False
+        from . import handover
+
+        try:
+            self._offer = handover.offer(path, (0, 1, 2), self._arguments, self._environ)
+        except handover.HandoverError as error:
+            why = f"no help from {os.fsdecode(path)}: {error}; doing TLS ourselves"
+            self._log("error", {"why": why})
+        return self._offer is not None
+
+    def start(self, wire: Wire) -> bytes:
+        """Make the handshake; the name of the cipher.  Raises ConnectionLost, or HandedOver."""
+        if self._offer:
+            raise HandedOver(self._offer.complete())
+        try:
+            from . import tls
+
+            context = self._context or tls.Context(self._ciphers, self.asks_for_certificates())
+            for warning in context.warnings:
+                self._log("error", {"why": warning})
+            self.channel = channel = tls.Channel(context)
+            wire.start_tls(channel)
+        except TimedOut:
+            why = "timeout"
+        except _NOT_LOADED as error:
+            why = _why_not_loaded(error)
+        except (ConnectionLost, tls.TlsError) as error:
+            why = str(error)
+        else:
+            self._log("tls", {"result": "ok", **channel.facts()})
+            return channel.cipher().encode()
+        self._log("tls", {"result": "failed", "why": why})
+        raise ConnectionLost("TLS handshake failed")
+
+    def asks_for_certificates(self) -> bool:
+        """Whether a client certificate could make a difference."""
+        if self._connection.relay_client is not None:
+            return False
+        return self._files.exists("tlsclients") and self._files.exists("clientca.pem")
+
+    def certified_client(self) -> tuple[bytes | None, bytes]:
+        """The address that the client's certificate vouches for, or None and why not; raises
+        ControlError.
+        """
+        clients = self._files.list("tlsclients")
+        if self.channel is None or clients is None:
+            return None, b""
+        return self.channel.certified_address([client.lower() for client in clients])
+
+
+_NOT_LOADED = (ImportError, MemoryError, OSError, RuntimeError, SystemError)
+"""What importing a library raises where it is not there, or memory runs out."""
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """What to do where a library could not be loaded."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"the module {error.name} is not installed; run make install again"
+    return f"{error}; {log.OUT_OF_MEMORY}" if str(error) else log.OUT_OF_MEMORY
