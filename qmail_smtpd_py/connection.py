@@ -6,6 +6,8 @@ learnt during the session is the session's own.
 
 from __future__ import annotations
 
+from .conduct import Limits
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +56,8 @@ class Settings:
     `greeting` is the name in the replies to connect, HELO, EHLO and QUIT; `databytes` the largest
     message in octets, 0 for any; `auth` what SMTPAUTH says; `can_authenticate` whether there is a
     check program; `force_tls` whether AUTH needs TLS; `force_auth_mail_from` whether who has
-    authenticated may send as nobody else; `hide_host` whether Received leaves out where they are.
+    authenticated may send as nobody else; `hide_host` whether Received leaves out where they are;
+    `limits` is what the client may do.
     """
 
     __slots__ = (
@@ -65,6 +68,7 @@ class Settings:
         "force_tls",
         "greeting",
         "hide_host",
+        "limits",
     )
 
     def __init__(
@@ -76,6 +80,7 @@ class Settings:
         force_tls: bool,
         force_auth_mail_from: bool = False,
         hide_host: bool = False,
+        limits: Limits | None = None,
     ) -> None:
         self.greeting = greeting
         self.databytes = databytes
@@ -84,3 +89,4 @@ class Settings:
         self.force_tls = force_tls
         self.force_auth_mail_from = force_auth_mail_from
         self.hide_host = hide_host
+        self.limits = limits or Limits()

@@ -32,6 +32,15 @@ class Unread:
         """Forget all there is."""
         self._octets, self._at = b"", 0
 
+    def starts_with(self, starts: tuple[bytes, ...]) -> bool:
+        """Whether what is there starts with one of these."""
+        return self._octets.startswith(starts, self._at)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is there, not even the start of a line."""
+        return self._at == len(self._octets) and not self._too_long
+
     def line(self, limit: int) -> bytes | None:
         """The next line, or None if it is not all there; raises LineTooLong at its end.
 

@@ -65,6 +65,7 @@ AUTH_NEEDS_TLS = Reply(538, b"auth not available without TLS (#5.3.3)", final=Tr
 AUTH_NO_PIPE = Reply(454, b"oops, unable to open pipe and I can't auth (#4.3.0)")
 AUTH_NO_CHILD = Reply(454, b"oops, child won't start and I can't auth (#4.3.0)")
 AUTH_TROUBLE = Reply(454, b"oops, problem with child and I can't auth (#4.3.0)")
+AUTH_TOO_OFTEN = Reply(454, b"too many failed auth attempts, try again later (#4.7.0)")
 
 # STARTTLS (RFC 3207 section 4).
 READY_FOR_TLS = Reply(220, b"ready for tls")
@@ -75,6 +76,15 @@ CONTROLS_UNREADABLE = Reply(421, b"unable to read controls (#4.3.0)", final=True
 OUT_OF_MEMORY = Reply(421, b"out of memory (#4.3.0)", final=True)
 TIMEOUT = Reply(451, b"timeout (#4.4.2)", final=True)
 STRAY_NEWLINE = Reply(451, b"See https://cr.yp.to/docs/smtplf.html.", final=True)
+
+# What ends a session that is abused (RFC 5321 section 3.8).
+NOT_SMTP = Reply(421, b"this is SMTP, goodbye (#4.5.0)", final=True)
+SPOKE_TOO_EARLY = Reply(554, b"SMTP protocol violation", final=True)
+TOO_MANY_AUTH_FAILURES = Reply(421, b"too many failed auth attempts, goodbye (#4.7.0)", final=True)
+TOO_MANY_BAD_COMMANDS = Reply(421, b"too many bad commands, goodbye (#4.5.0)", final=True)
+TOO_MANY_BAD_RECIPIENTS = Reply(421, b"too many invalid addresses, goodbye (#4.3.0)", final=True)
+TOO_SLOW = Reply(421, b"too slow, goodbye (#4.4.2)", final=True)
+SESSION_TOO_LONG = Reply(421, b"session too long, goodbye (#4.4.2)", final=True)
 
 # Delivery: qmail-queue could not be started for want of pipes or processes.
 NO_DELIVERY = Reply(451, b"qqt failure (#4.3.0)")

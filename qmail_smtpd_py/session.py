@@ -12,6 +12,7 @@ it is forgotten:
                      start as the environment has them; set by AUTH, a client certificate and
                      MAIL's AUTH=; TLS makes them what they were at the start
     cipher           set by TLS, once
+    conduct          what was refused so far; nothing forgets it
 
 A command is a row of VERBS: its name, the checks that must hold first (RFC 5321 section 4.3.2 can
 be read off them) and its method.  A check returns the reply that refuses, or None.  A reply that is
@@ -21,6 +22,7 @@ marked final closes the session, and what came behind it is not looked at.
 from __future__ import annotations
 
 from . import path, reply, sasl, trace
+from .conduct import OPENINGS, Conduct
 from .effects import ControlError, Identity
 from .lines import LineTooLong, Unread
 from .reply import Reply
@@ -58,10 +60,12 @@ class Session:
         self._unread = Unread()
         self._replies: list[bytes] = []
         self._cipher: bytes | None = None
+        self._conduct = Conduct(settings.limits, effects.log)
         self._start_over()
 
     def _start_over(self) -> None:
         """Know no more of the client than the environment tells (RFC 3207 section 4.2)."""
+        self._is_opening = True
         self._helo: bytes | None = None
         self._user: bytes | None = None
         self._method: bytes | None = None
@@ -102,10 +106,15 @@ class Session:
         self._cipher = cipher
         self.state = COMMAND
 
-    def time_out(self) -> bytes:
-        """The client was silent for too long; what it is told."""
-        self._close(reply.TIMEOUT)
-        return reply.TIMEOUT.render()
+    def time_out(self, answer: Reply = reply.TIMEOUT) -> bytes:
+        """The client was silent, or slow, for too long; what it is told."""
+        self._close(answer if answer is reply.TIMEOUT else self._conduct.end(answer))
+        return answer.render()
+
+    @property
+    def is_half_sent(self) -> bool:
+        """Whether a command, or a message, is there in part and the rest is to come."""
+        return self.state == MAIL_DATA or not self._unread.is_empty
 
     def connection_lost(self) -> None:
         """Nothing more will come: a message that is not whole must not be queued."""
@@ -115,6 +124,8 @@ class Session:
         self._replies.append(answer.render())
         if answer.final:
             self._close(answer)
+        elif end := self._conduct.judge(answer):
+            self._reply(end)
 
     def _close(self, answer: Reply | None = None) -> None:
         """End the session, and a message that is not whole with it; `answer` is why, if told."""
@@ -127,13 +138,18 @@ class Session:
 
     def _read_command(self) -> bool:
         """Obey the next command; False if there is none yet."""
+        if self._is_opening and self._unread.starts_with(OPENINGS):
+            self._reply(self._conduct.refuse_protocol(self._unread.take()))
+            return False
         try:
             line = self._unread.line(LINE_LIMIT)
         except LineTooLong:
+            self._is_opening = False
             self._reply(reply.LINE_TOO_LONG)
             return True
         if line is None:
             return False
+        self._is_opening = False
         verb, _, argument = line.partition(b"\0")[0].partition(b" ")
         checks, obey = VERBS.get(verb.upper(), _UNKNOWN)
         for check in checks:
@@ -211,7 +227,8 @@ class Session:
             return self._refuse(reply.SENDER_NOT_USER, sender=sender)
         if not self._heed_parameters(argument):
             return self._refuse(reply.TOO_BIG, sender=sender)
-        self._transaction = Transaction(sender, self._effects.is_sender_blocked(sender))
+        is_blocked = self._effects.is_sender_blocked(sender)
+        self._transaction = Transaction(sender, is_blocked, self._settings.limits.recipients)
         return reply.OK
 
     def _may_send_as(self, sender: bytes) -> bool:
@@ -336,13 +353,8 @@ class Session:
             "result": result,
             "code": answer.code if answer else None,
             "why": answer.lines[0] if answer and refused else None,
-            "size": message.data.size,
-            "qp": message.delivery.pid,
-            "user": self._user,
-            "from": message.transaction.sender,
-            "to": message.transaction.recipients,
         }
-        self._effects.log("mail", fields)
+        self._effects.log("mail", {**fields, **message.facts(self._user)})
 
     # STARTTLS (RFC 3207)
 

@@ -6,6 +6,7 @@ counts for all.  So where there are both, the variable wins.
 
 from __future__ import annotations
 
+from .conduct import Limits
 from .connection import Settings
 from .effects import ControlError
 from .path import number
@@ -66,4 +67,10 @@ def settings(sources: Sources, me: bytes | None, can_authenticate: bool) -> Sett
         force_tls=environ.get(b"FORCETLS") != b"0",
         force_auth_mail_from=sources.switch(b"FORCEAUTHMAILFROM"),
         hide_host=sources.switch(b"HIDE_HOST"),
+        limits=Limits(
+            auth_failures=sources.number(b"MAXAUTHFAILURES", "maxauthfailures", 3),
+            bad_commands=sources.number(b"MAXBADCOMMANDS", "maxbadcommands", 20),
+            bad_recipients=sources.number(b"BRTLIMIT", "brtlimit", 0),
+            recipients=sources.number(b"MAXRCPT", "maxrcpt", 0),
+        ),
     )

@@ -13,6 +13,7 @@ import time
 
 from . import log, reply
 from .badmailfrom import BadMailFrom
+from .conduct import Pace
 from .connection import Connection
 from .control import ControlFiles
 from .effects import ControlError, Effects, Identity
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 HOME = b"/var/qmail"
 TIMEOUT = 1200
 """Seconds of silence after which a client is given up, where control/timeoutsmtpd says nothing."""
+
+LONGEST_SESSION = 86400
+"""Seconds after which a session ends: 50 MB at 9600 bit/s take less."""
+
+LEAST_RATE = 1
+"""Octets a second that a client has to send, once it has begun to send something."""
 
 _LONGEST_TIMEOUT = 2_000_000  # seconds; what poll(2) takes, in milliseconds
 
@@ -85,10 +92,29 @@ class Server(Effects):
         if self._ip_host is None:
             self._ip_host = me
         self.timeout = min(max(1, files.number("timeoutsmtpd", TIMEOUT)), _LONGEST_TIMEOUT)
+        self.longest_session = self._sources.number(
+            b"TIMEOUTSESSION", "timeoutsession", LONGEST_SESSION
+        )
+        least_rate = self._sources.number(b"MINRATE", "minrate", LEAST_RATE)
+        self.pace = Pace(least_rate, self.timeout)
         self._bad_mail_from = BadMailFrom(files)
         self._rcpt_hosts = RcptHosts(files)
         self.is_smtps = b"SMTPS" in environ
         self._encryption: Encryption | None = None
+
+    @property
+    def greeting_delay(self) -> int:
+        """Seconds to let a client wait that may not relay, to see whether it can."""
+        if self.connection.relay_client is not None:
+            return 0
+        return self._sources.number(b"SMTPD_GREETDELAY", "greetdelay", 0)
+
+    def turns_early_talker_away(self) -> bool:
+        """Whether a client that can not wait is turned away; the log is told of it anyway."""
+        is_dropped = self._sources.number(b"DROP_PRE_GREET", "droppregreet", 0) > 0
+        code = reply.SPOKE_TOO_EARLY.code if is_dropped else None
+        self.log("limit", {"code": code, "why": "spoke before the greeting"})
+        return is_dropped
 
     def close(self) -> None:
         """Give back what is open."""
@@ -213,7 +239,7 @@ def serve(
     try:
         resources.go_home(environ.get(b"QMAILHOME") or HOME)
         server = Server(environ, arguments, resources)
-        wire.timeout = server.timeout
+        wire.limit(server.timeout, server.longest_session)
         return _converse(wire, server, may_begin)
     except HandedOver as handed_over:
         return handed_over.exit_status
@@ -259,18 +285,45 @@ def _dialogue(
             return "no TLS"
         session.tls_started(server.encryption.start(wire))
     if server.is_smtps or not may_begin:
-        wire.write(session.greet())
+        _greet(wire, server, session)
     while session.state != CLOSED:
         if session.state == TLS_HANDSHAKE:
             session.tls_started(server.encryption.start(wire))
-            continue
-        try:
-            data = wire.read()
-        except TimedOut:
+        else:
+            _take_turn(wire, server, session)
+    return "closed" if session.exit_status else "quit"
+
+
+def _greet(wire: Wire, server: Server, session: Session) -> None:
+    """Open the session, and see whether the client can wait for it (RFC 5321 section 3.1)."""
+    delay, early = server.greeting_delay, b""
+    if delay:
+        begin = time.monotonic()
+        early = wire.read_early(delay)
+        if early and server.turns_early_talker_away():
+            wire.write(reply.SPOKE_TOO_EARLY.render())
+            session.connection_lost()
+            return
+        time.sleep(max(0, begin + delay - time.monotonic()))
+    wire.write(session.greet() + session.receive(early))
+
+
+def _take_turn(wire: Wire, server: Server, session: Session) -> None:
+    """Read once, and write the replies to it."""
+    was_half_sent = session.is_half_sent
+    begin = time.monotonic()
+    try:
+        data = wire.read()
+    except TimedOut:
+        if not wire.is_over:
             wire.write(session.time_out())
             raise
+        wire.write(session.time_out(reply.SESSION_TOO_LONG))
+        return
+    if server.pace.keeps_up(len(data), time.monotonic() - begin, was_half_sent):
         wire.write(session.receive(data))
-    return "closed" if session.exit_status else "quit"
+    else:
+        wire.write(session.time_out(reply.TOO_SLOW))
 
 
 def main() -> int:

@@ -19,20 +19,22 @@ class Transaction:
     """A mail transaction (RFC 5321 section 3.3) up to DATA.
 
     `blocked` tells that badmailfrom has the sender; qmail lets it pass MAIL and refuses each RCPT.
+    `most` is how many recipients there may be, 0 for any.
     """
 
-    __slots__ = ("_size", "blocked", "recipients", "sender")
+    __slots__ = ("_most", "_size", "blocked", "recipients", "sender")
 
-    def __init__(self, sender: bytes, blocked: bool) -> None:
+    def __init__(self, sender: bytes, blocked: bool, most: int = 0) -> None:
         self.sender = sender
         self.blocked = blocked
         self.recipients: list[bytes] = []
+        self._most = most or RECIPIENTS_LIMIT
         self._size = 0
 
     def add(self, recipient: bytes) -> bool:
         """Add a recipient; False if they are too many."""
         size = self._size + len(recipient)
-        if size > RECIPIENTS_LIMIT or len(self.recipients) >= RECIPIENTS_LIMIT:
+        if size > RECIPIENTS_LIMIT or len(self.recipients) >= self._most:
             return False
         self._size = size
         self.recipients.append(recipient)
@@ -67,3 +69,13 @@ class Message:
     def is_looping(self) -> bool:
         """Whether the header tells of too many hops (RFC 5321 section 6.3)."""
         return self.data.hops >= MAX_HOPS
+
+    def facts(self, user: bytes | None) -> dict[str, object]:
+        """What the log tells of it; `user` is who sent it."""
+        return {
+            "size": self.data.size,
+            "qp": self.delivery.pid,
+            "user": user,
+            "from": self.transaction.sender,
+            "to": self.transaction.recipients,
+        }

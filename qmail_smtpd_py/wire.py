@@ -22,7 +22,9 @@ HUNG_UP = "hung up"
 
 
 class TimedOut(Exception):
-    """The client was silent, or took nothing, for longer than timeoutsmtpd."""
+    """The client was silent, or took nothing, for longer than timeoutsmtpd, or the time for the
+    whole connection is over.
+    """
 
 
 class ConnectionLost(Exception):
@@ -43,7 +45,8 @@ class Wire:
     def __init__(self, read_fd: int, write_fd: int, timeout: float) -> None:
         self._read_fd = read_fd
         self._write_fd = write_fd
-        self.timeout = timeout
+        self._timeout = timeout
+        self._until = float("inf")
         self._tls: Channel | None = None
         self._readable = select.poll()
         self._readable.register(read_fd, select.POLLIN)
@@ -52,11 +55,22 @@ class Wire:
         if self._was_blocking:
             os.set_blocking(write_fd, False)
 
+    def limit(self, timeout: float, total: float) -> None:
+        """Set the seconds for each read or write, and those for all from now on, 0 for any."""
+        self._timeout = timeout
+        if total:
+            self._until = time.monotonic() + total
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time for the connection is over."""
+        return time.monotonic() >= self._until
+
     def read(self) -> bytes:
         """The next octets, at least one; raises TimedOut or ConnectionLost."""
-        if self._tls is None:
-            return self._receive(self.timeout)
         deadline = self._deadline()
+        if self._tls is None:
+            return self._receive(deadline - time.monotonic())
         while not (data := self._tls.read()):
             if self._tls.ended:
                 raise ConnectionLost(self._tls.ended)
@@ -64,6 +78,16 @@ class Wire:
             self._send(self._tls.pending())
             self._tls.feed(self._receive(deadline - time.monotonic()))
         return data
+
+    def read_early(self, seconds: float) -> bytes:
+        """What comes within so many seconds, or nothing; raises ConnectionLost."""
+        timeout, self._timeout = self._timeout, seconds
+        try:
+            return self.read()
+        except TimedOut:
+            return b""
+        finally:
+            self._timeout = timeout
 
     def write(self, data: bytes) -> None:
         """Send the octets; raises TimedOut or ConnectionLost."""
@@ -98,7 +122,7 @@ class Wire:
             os.set_blocking(self._write_fd, True)
 
     def _deadline(self) -> float:
-        return time.monotonic() + self.timeout
+        return min(time.monotonic() + self._timeout, self._until)
 
     def _receive(self, seconds: float) -> bytes:
         """What comes within so many seconds."""

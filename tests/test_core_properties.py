@@ -3,7 +3,7 @@
 - any chunking of what the client sends gives the same replies, messages and log
 - replies are those of the grammar in RFC 5321 section 4.2.1
 - what qmail-queue is given is a whole envelope, or none
-- commands in any order are answered as a model of RFC 5321 section 4.1.4 says
+- commands in any order are answered as a model of RFC 5321 section 4.1.4 says, up to the limits
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from conformance.world import NOW, base64, cut, open_session
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmail_smtpd_py.conduct import Limits
 from qmail_smtpd_py.session import CLOSED, TLS_HANDSHAKE
 
 # Dialogues: sensible lines, and what can be made of them.
@@ -50,6 +51,7 @@ options = st.fixed_dictionaries(
         "smtpauth": st.sampled_from([None, b"", b"cram", b"+cram", b"!"]),
         "force_tls": st.booleans(),
         "databytes": st.sampled_from([0, 0, 50]),
+        "limits": st.sampled_from([Limits(), Limits(), Limits(2, 3, 2, 1), Limits(1, 1, 1, 2)]),
     }
 )
 
@@ -74,7 +76,7 @@ class Outcome:
 def check(outcome: Outcome, data: bytes) -> None:
     """What holds for every outcome."""
     replies = grammar.replies(outcome.said)
-    assert len(replies) <= 1 + data.count(b"\n")
+    assert len(replies) <= 2 + data.count(b"\n"), "a reply to each line, and one that ends it all"
     for queue in outcome.queues:
         assert queue.envelope is not None, "a qmail-queue was left behind"
         assert queue.envelope == b"" or is_envelope(queue.envelope)
@@ -82,7 +84,7 @@ def check(outcome: Outcome, data: bytes) -> None:
     accepted = [reply for reply in replies if reply.startswith(f"250 ok {NOW} qp ")]
     assert len(accepted) <= sum(bool(queue.envelope) for queue in outcome.queues)
     for line in outcome.lines:
-        assert logs.read(line).event in ("mail", "auth", "error")
+        assert logs.read(line).event in ("mail", "auth", "limit", "error")
 
 
 def is_envelope(octets: bytes) -> bool:
@@ -165,7 +167,15 @@ class Model:
         self.auth_required = auth_required
         self.recipients: int | None = None  # None where there is no transaction
         self.is_authenticated = self.is_encrypted = False
-        self.queues = 0
+        self.queues = self.auth_failures = self.bad_commands = 0
+
+    def is_over(self) -> bool:
+        """Whether a limit of the defaults is reached."""
+        return self.auth_failures >= 3 or self.bad_commands >= 20
+
+    def turn(self) -> list[int]:
+        self.bad_commands += 1
+        return [502]
 
     def hello(self) -> list[int]:
         self.recipients = None
@@ -187,7 +197,8 @@ class Model:
 
     def data(self) -> list[int]:
         if not self.recipients:
-            return [503, 502, 502]  # and what was meant for a message are commands
+            text = self.turn()  # and what was meant for a message are commands
+            return [503, *text, *([] if self.is_over() else self.turn())]
         self.recipients = None
         self.queues += 1
         return [354, 250 if self.queues % 3 else 451]
@@ -196,11 +207,12 @@ class Model:
         if self.is_authenticated or self.recipients is not None:
             return [503]
         self.is_authenticated = is_good
+        self.auth_failures += not is_good
         return [235 if is_good else 535]
 
     def starttls(self) -> list[int]:
         if self.is_encrypted:
-            return [502]
+            return self.turn()
         self.recipients = None
         self.is_authenticated, self.is_encrypted = False, True
         return [220]
@@ -220,17 +232,20 @@ COMMANDS = {
     b"NOOP": lambda model: [250],
     b"VRFY x": lambda model: [252],
     b"HELP": lambda model: [214],
-    b"TURN": lambda model: [502],
+    b"TURN": Model.turn,
 }
 
 
-@given(st.lists(st.sampled_from(list(COMMANDS)), max_size=25), st.booleans())
+@given(st.lists(st.sampled_from(list(COMMANDS)), max_size=40), st.booleans())
 @settings(max_examples=600)
 def test_commands_in_any_order(order: list[bytes], auth_required: bool) -> None:
     session, _ = open_session(smtpauth=b"!" if auth_required else b"")
     model = Model(auth_required)
     for command in order:
-        wanted = COMMANDS[command](model)
+        wanted = COMMANDS[command](model) + ([421] if model.is_over() else [])
         assert grammar.codes(session.receive(command + b"\r\n")) == wanted, command
+        if model.is_over():
+            assert session.state == CLOSED
+            return
         if session.state == TLS_HANDSHAKE:
             session.tls_started(b"CIPHER")

@@ -44,7 +44,9 @@ def test_enhanced_status_codes_are_of_the_class_of_the_code(answer: Reply) -> No
 
 def test_what_hangs_up() -> None:
     assert {name for name, value in NAMED.items() if value.final} == {
-        *("AUTH_NEEDS_TLS", "CONTROLS_UNREADABLE", "OUT_OF_MEMORY", "STRAY_NEWLINE", "TIMEOUT")
+        *("AUTH_NEEDS_TLS", "CONTROLS_UNREADABLE", "OUT_OF_MEMORY", "STRAY_NEWLINE", "TIMEOUT"),
+        *("NOT_SMTP", "SPOKE_TOO_EARLY", "TOO_SLOW", "SESSION_TOO_LONG"),
+        *("TOO_MANY_AUTH_FAILURES", "TOO_MANY_BAD_COMMANDS", "TOO_MANY_BAD_RECIPIENTS"),
     }
     assert reply.goodbye(b"mx.example.org").final
 

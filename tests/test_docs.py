@@ -196,21 +196,21 @@ def test_replies_are_in_the_manual_page() -> None:
 def test_log_events_and_fields_are_described() -> None:
     described = (ROOT / "docs/log.md").read_text()
     keys, events = set(), set()
-    for module in ("session", "smtpd", "encryption", "tls"):
+    for module in ("conduct", "session", "smtpd", "encryption", "tls", "transaction"):
         for node in ast.walk(tree(module)):
             if isinstance(node, ast.Dict):
                 keys |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
             elif isinstance(node, ast.Call) and len(node.args) == 2 and is_log(node.func):
                 events.add(text_of(node.args[0]))
     fields = {key for key in keys if isinstance(key, str)}
-    assert events - {None} >= {"connect", "tls", "auth", "mail", "error", "disconnect"}
+    assert events - {None} >= {"connect", "tls", "auth", "mail", "limit", "error", "disconnect"}
     assert fields >= {"cipher", "mechanism", "qp", "from", "why"}
     assert [event for event in events if event and f"### {event}\n" not in described] == []
     assert [field for field in sorted(fields) if f"`{field}`" not in described] == []
 
 
 def is_log(function: ast.AST) -> bool:
-    return getattr(function, "attr", "") in ("log", "_log", "write")
+    return getattr(function, "attr", "") in ("log", "_log", "_tell", "write")
 
 
 def test_the_design_has_every_module() -> None:

@@ -27,8 +27,9 @@ OS = {"os", "os.path", "posixpath", "genericpath", "stat", "_stat", "_collection
 
 PLAIN = {
     *("__future__", "select", *OS),
-    *("badmailfrom", "cdb", "connection", "control", "effects", "lines", "log", "maildata", "path"),
-    *("rcpthosts", "reply", "sasl", "session", "settings", "smtpd", "trace", "transaction", "wire"),
+    *("badmailfrom", "cdb", "conduct", "connection", "control", "effects", "lines", "log"),
+    *("maildata", "path", "rcpthosts", "reply", "sasl", "session", "settings", "smtpd", "trace"),
+    *("transaction", "wire"),
 }
 """Connect, EHLO, QUIT; modules of the package without its name."""
 

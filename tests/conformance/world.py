@@ -94,7 +94,7 @@ def open_session(
     smtpauth: bytes | None = b"+cram",
     force_tls: bool = False,
     databytes: int = 0,
-    **more: bool,
+    **more: object,
 ) -> tuple[Session, World]:
     """A session in a world of its own; `more` are settings."""
     world = World()

@@ -1,0 +1,142 @@
+"""Conduct: what a client may do before the session ends with 421.
+
+Each reply of the session is shown to `Conduct`, which counts those that refuse, by their code:
+
+    500 501 502 504     a command that is none
+    535                 a failed AUTH attempt; so is one that was refused for those before it
+    550 553             a recipient that is not taken
+
+Behind the reply that reaches a limit comes a 421 (RFC 5321 section 3.8).  503 and 555 do not count:
+a client that pipelines a hundred recipients behind a MAIL that is refused gets 503 to each.
+
+`Pace` is the same for time: whether a client that sends a little now and then sends enough.
+"""
+
+from __future__ import annotations
+
+from . import reply
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from .reply import Reply
+
+
+class Limits:
+    """How much of it in a session, or for `recipients` in a message; 0 is no limit."""
+
+    __slots__ = ("auth_failures", "bad_commands", "bad_recipients", "recipients")
+
+    def __init__(
+        self,
+        auth_failures: int = 3,
+        bad_commands: int = 20,
+        bad_recipients: int = 0,
+        recipients: int = 0,
+    ) -> None:
+        self.auth_failures = auth_failures
+        self.bad_commands = bad_commands
+        self.bad_recipients = bad_recipients
+        self.recipients = recipients
+
+
+_BAD_COMMAND, _AUTH_FAILURE, _BAD_RECIPIENT = range(3)
+
+_COUNTED: dict[object, int] = {
+    500: _BAD_COMMAND,
+    501: _BAD_COMMAND,
+    502: _BAD_COMMAND,
+    504: _BAD_COMMAND,
+    535: _AUTH_FAILURE,
+    reply.AUTH_TOO_OFTEN: _AUTH_FAILURE,
+    550: _BAD_RECIPIENT,
+    553: _BAD_RECIPIENT,
+}
+"""What a reply counts as, by itself or by its code."""
+
+_ENDS = (
+    reply.TOO_MANY_BAD_COMMANDS,
+    reply.TOO_MANY_AUTH_FAILURES,
+    reply.TOO_MANY_BAD_RECIPIENTS,
+)
+
+
+_HTTP = ("GET", "POST", "HEAD", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "PRI")
+_RTSP = ("DESCRIBE", "SETUP", "PLAY", "ANNOUNCE")
+_SIP = ("INVITE", "REGISTER")
+
+_OPENINGS: dict[bytes, str] = {
+    **{b"%s " % method.encode(): "HTTP" for method in _HTTP},
+    **{b"%s " % method.encode(): "RTSP" for method in _RTSP},
+    **{b"%s " % method.encode(): "SIP" for method in _SIP},
+    b"\x16\x03": "TLS",
+    b"SSH-": "SSH",
+    b"PROXY TCP": "PROXY protocol",
+    b"PROXY UNKNOWN": "PROXY protocol",
+    b"\x03\0\0": "RDP",
+}
+"""What other protocols begin with; none of it could be the start of a command of SMTP."""
+
+OPENINGS = tuple(_OPENINGS)
+
+
+class Conduct:
+    """The conduct of one client; `tell` writes a line to the log, as Effects.log does."""
+
+    __slots__ = ("_counts", "_limits", "_tell")
+
+    def __init__(self, limits: Limits, tell: Callable[[str, Mapping[str, object]], None]) -> None:
+        self._counts = [0, 0, 0]
+        self._limits = (limits.bad_commands, limits.auth_failures, limits.bad_recipients)
+        self._tell = tell
+
+    def judge(self, answer: Reply) -> Reply | None:
+        """Take note of a reply: the one that ends the session behind it, or None."""
+        kind = _COUNTED.get(answer, _COUNTED.get(answer.code))
+        if kind is None:
+            return None
+        self._counts[kind] += 1
+        return self.end(_ENDS[kind]) if self._counts[kind] == self._limits[kind] else None
+
+    def refuse_protocol(self, octets: bytes) -> Reply:
+        """The reply to octets that start with one of OPENINGS."""
+        names = (name for opening, name in _OPENINGS.items() if octets.startswith(opening))
+        return self.end(reply.NOT_SMTP, f"not SMTP: {next(names)}")
+
+    def end(self, answer: Reply, why: str | None = None) -> Reply:
+        """The reply itself, which ends the session, with a line in the log for it."""
+        self._tell("limit", {"code": answer.code, "why": why or answer.lines[0]})
+        return answer
+
+
+class Pace:
+    """Whether a client keeps up with `rate` octets a second, 0 for any, over `window` seconds.
+
+    What counts is the time that is spent waiting for the client, as long as there is something half
+    sent: a command, or a message.  A client that is silent altogether is not looked at here, as it
+    runs out of time.
+    """
+
+    __slots__ = ("_octets", "_rate", "_seconds", "_window")
+
+    def __init__(self, rate: int, window: float) -> None:
+        self._rate = rate
+        self._window = window
+        self._octets = 0
+        self._seconds = 0.0
+
+    def keeps_up(self, octets: int, seconds: float, was_half_sent: bool) -> bool:
+        """Take note that so many octets came after so many seconds of waiting; `was_half_sent` is
+        how things stood before they came.
+        """
+        if not was_half_sent:
+            self._octets, self._seconds = 0, 0.0
+            return True
+        self._octets += octets
+        self._seconds += seconds
+        if self._seconds < self._window:
+            return True
+        is_enough = self._octets >= self._rate * self._seconds
+        self._octets, self._seconds = 0, 0.0
+        return is_enough
