@@ -222,7 +222,8 @@ def test_a_restart_is_to_the_program_that_is_there_now(mx: Stage, tmp_path: Path
     if "__file__" in text:
         text = text.replace("__file__", repr(path))
     launcher.write_text(text)
-    command = (*words, launcher.name)
+    launcher.chmod(0o755)
+    command = (*words, f"./{launcher.name}")
     with Listening(mx, command=command, cwd=tmp_path) as listener:
         quit_(listener.greeted())
         launcher.write_text("import os\nos.write(2, b'the new one\\n')\n" + text)
