@@ -197,6 +197,7 @@ class Pool:
         self._poll.register(self._hear, select.POLLIN)
         self._pid = os.getpid()
         self._crashes = 0  # in a row, of workers that could not work at all
+        self._owes_one = False
         self._fork_at = 0.0  # not before
 
     @property
@@ -209,8 +210,8 @@ class Pool:
         self._bury()
         if self.board.stopping or time.monotonic() < self._fork_at:
             return
-        while self.board.idle < self._least_idle and self._fork():
-            pass
+        while (self._owes_one or self.board.idle < self._least_idle) and self._fork():
+            self._owes_one = False
 
     def wait(self, longest: float | None, signals: int) -> None:
         """Sleep until there is something to do; `signals` is the descriptor that they wake."""
@@ -248,6 +249,11 @@ class Pool:
                 pass
 
     def _bury(self) -> None:
+        """Take note of the dead.
+
+        Who crashed may have been woken for a connection that it did not accept, and the kernel
+        wakes none of those that wait in its place: a new one sees it, so that one is owed.
+        """
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -255,6 +261,7 @@ class Pool:
                 return
             if not pid:
                 return
+            self._owes_one = self._owes_one or status != 0
             place = self._places.pop(pid, None)
             if place is None:
                 self.predecessors.discard(pid)
@@ -286,6 +293,9 @@ class Pool:
             return False
         self._prepare()
         gc.freeze()  # the children leave what is there alone, and its pages stay shared
+        pipes, idle = (self._notify, self._lifeline), (self._least_idle, self._most_idle)
+        # Here, as the epoch that counts is that of the lifeline: in the child there may be another.
+        its_own = Place(self.board, place, self._pid, *pipes, *idle)
         self.board.mark(place, _IDLE)
         try:
             pid = os.fork()
@@ -295,12 +305,12 @@ class Pool:
             self._fork_at = time.monotonic() + 1
             return False
         if not pid:
-            self._become_worker(place)
+            self._become_worker(its_own)
         self._places[pid] = place
         self._births[pid] = time.monotonic()
         return True
 
-    def _become_worker(self, place: int) -> None:
+    def _become_worker(self, place: Place) -> None:
         """What the child does; it never comes back."""
         status = 1
         try:
@@ -313,8 +323,7 @@ class Pool:
             os.close(self._hear)
             os.close(self._held)
             gc.disable()
-            pipes, idle = (self._notify, self._lifeline), (self._least_idle, self._most_idle)
-            self._work(Place(self.board, place, self._pid, *pipes, *idle))
+            self._work(place)
             status = 0
         except Exception as error:  # a defect: what it was, without a traceback
             self._tell(f"fatal: {where(error)}")

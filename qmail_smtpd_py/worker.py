@@ -69,7 +69,9 @@ class Worker:
     wanted any more.
 
     It waits by epoll(7), not in accept(2): there the kernel wakes whoever waits longest, here the
-    same one whenever it waits, so that few workers do most of the work and stay warm.
+    same one whenever it waits, so that few workers do most of the work and stay warm.  As the
+    kernel wakes nobody else for that connection, it is accepted even by a worker that is told to
+    end in the same moment.
     """
 
     def __init__(
@@ -90,7 +92,8 @@ class Worker:
             incoming.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
             incoming.register(self._place.lifeline, select.EPOLLHUP)
             while served < self._most and self._place.is_wanted and time.monotonic() < self._until:
-                if not incoming.poll(IDLE_SECONDS) and self._place.leave_if_spare():
+                woken = [descriptor for descriptor, _ in incoming.poll(IDLE_SECONDS)]
+                if woken == [self._place.lifeline] or (not woken and self._place.leave_if_spare()):
                     return
                 try:
                     connection, remote = self._listener.accept()

@@ -188,6 +188,19 @@ def test_an_idle_worker_is_killed(mx: Stage) -> None:
         assert "no new ones" not in listener.log.text()
 
 
+def test_another_comes_for_one_that_is_killed_though_enough_are_idle(mx: Stage) -> None:
+    """It may have been woken for a connection, and only a new one would see that."""
+    with Listening(mx, "--idle=1", "-c", "20") as listener:
+        for client in [listener.greeted() for _ in range(6)]:
+            quit_(client)
+        listener.ends(6)
+        there = listener.workers
+        victim = min(there)
+        os.kill(victim, signal.SIGKILL)
+        listener.log.wait_for(rf"warning: worker {victim} was killed by signal 9$")
+        eventually(lambda: listener.workers - there, "another has come")
+
+
 def test_a_busy_worker_is_killed(mx: Stage) -> None:
     with Listening(mx) as listener:
         victim, other = listener.greeted(), listener.greeted()

@@ -170,6 +170,22 @@ def test_workers_are_replaced_each_after_its_session(mx: Stage) -> None:
         assert "warning" not in listener.log.text()
 
 
+def test_workers_that_are_replaced_before_they_have_begun(mx: Stage) -> None:
+    """Each HUP comes when those that it replaces have hardly been forked."""
+    with Listening(mx) as listener:
+        replaced = workers(listener)
+        for _ in range(40):
+            listener.signal(signal.SIGHUP)
+            replaced |= listener.workers
+        quit_(listener.greeted())
+        last = workers(listener)
+        listener.signal(signal.SIGHUP)
+        for pid in replaced | last:
+            wait_for_death(pid, 4)
+        quit_(listener.greeted())
+        assert "warning" not in listener.log.text()
+
+
 # A restart
 
 
