@@ -46,11 +46,28 @@ def authenticate(
     environ: Mapping[bytes, bytes],
     seconds: float,
     tell: Callable[[str], None],
+    refused: Callable[[], None] | None = None,
 ) -> Reply:
     """Run the check program on the text for descriptor 3; the reply to what it made of it.
 
-    `seconds` is how long it may take; `tell` takes the words for the log where it is in trouble.
+    `seconds` is how long it may take; `tell` takes the words for the log where it is in trouble;
+    `refused` is called when it says no, before the delay.
     """
+    answer = _ask(arguments, text, environ, seconds, tell)
+    if answer is reply.AUTH_FAILED:
+        if refused:
+            refused()
+        time.sleep(FAILURE_DELAY)
+    return answer
+
+
+def _ask(
+    arguments: Sequence[bytes],
+    text: bytes,
+    environ: Mapping[bytes, bytes],
+    seconds: float,
+    tell: Callable[[str], None],
+) -> Reply:
     try:
         child_end, our_end = os.pipe()
     except OSError as error:
@@ -86,7 +103,6 @@ def _reply_to(status: int | None, seconds: float, tell: Callable[[str], None]) -
     if exit_status == TEMPORARY_FAILURE:
         tell("check program has temporary trouble: exit status 111")
         return reply.AUTH_TROUBLE
-    time.sleep(FAILURE_DELAY)
     return reply.AUTH_FAILED
 
 

@@ -26,6 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from .authfailures import AuthFailures
     from .effects import Delivery
     from .encryption import Encryption
     from .reply import Reply
@@ -41,6 +42,9 @@ LONGEST_SESSION = 86400
 
 LEAST_RATE = 1
 """Octets a second that a client has to send, once it has begun to send something."""
+
+AUTH_FAILURES, AUTH_FAILURES_PERIOD = 30, 3600
+"""How many failed AUTH attempts an address may have, in how many seconds, if they are counted."""
 
 _LONGEST_TIMEOUT = 2_000_000  # seconds; what poll(2) takes, in milliseconds
 
@@ -180,13 +184,33 @@ class Server(Effects):
     def authenticate(self, credentials: Credentials, identity: Identity) -> Reply:
         from . import checkpassword
 
+        failures = self._auth_failures()
+        if failures and failures.are_too_many():
+            return reply.AUTH_TOO_OFTEN
         return checkpassword.authenticate(
             self._arguments,
             checkpassword.fields(credentials, self.settings.auth.challenge_field),
             self._child_environ(identity),
             checkpassword.patience(self.timeout),
-            lambda why: self.log("error", {"why": why}),
+            self._log_error,
+            failures.add if failures else None,
         )
+
+    def _auth_failures(self) -> AuthFailures | None:
+        """The failed attempts of this client's address; None where nobody counts them."""
+        path = self._sources.line(b"AUTHFAILTABLE", "authfailtable")
+        if not path:
+            return None
+        limit = self._sources.number(b"AUTHFAILLIMIT", "authfaillimit", AUTH_FAILURES)
+        period = self._sources.number(b"AUTHFAILPERIOD", "authfailperiod", AUTH_FAILURES_PERIOD)
+        if not limit:
+            return None
+        from .authfailures import AuthFailures
+
+        return AuthFailures(path, self.connection.remote_ip, limit, period, self._log_error)
+
+    def _log_error(self, why: str) -> None:
+        self.log("error", {"why": why})
 
     # TLS
 

@@ -7,6 +7,7 @@ from conformance import cases, grammar
 from conformance.world import base64, open_session
 
 from qmail_smtpd_py.conduct import OPENINGS, Limits, Pace
+from qmail_smtpd_py.reply import AUTH_TOO_OFTEN, AUTH_TROUBLE
 from qmail_smtpd_py.session import CLOSED
 
 BAD = b"AUTH PLAIN " + base64(b"\0eve\0wrong") + b"\r\n"
@@ -34,6 +35,20 @@ def test_the_third_failed_auth_is_told_and_then_it_ends() -> None:
     assert last_line(world) == (
         b'limit code=421 why="too many failed auth attempts, goodbye (#4.7.0)"'
     )
+
+
+def test_attempts_that_are_refused_for_those_before_count_too() -> None:
+    session, world = open_session()
+    world.authenticate = lambda *_: AUTH_TOO_OFTEN  # type: ignore[method-assign]
+    assert grammar.codes(session.receive(BAD + GOOD)) == [454, 454]
+    assert b"auth result=failed mechanism=PLAIN tls=no code=454" in world.lines[-1]
+    assert grammar.codes(session.receive(GOOD)) == [454, 421]
+
+
+def test_trouble_is_no_failed_attempt() -> None:
+    session, world = open_session()
+    world.authenticate = lambda *_: AUTH_TROUBLE  # type: ignore[method-assign]
+    assert grammar.codes(session.receive(GOOD * 100)) == [454] * 100
 
 
 def test_a_user_who_gets_it_right_the_third_time_is_welcome() -> None:

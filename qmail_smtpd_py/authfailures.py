@@ -1,0 +1,193 @@
+"""AUTH attempts that failed, by address and over time: a table on disk, without a daemon.
+
+The file has a fixed size, made when it is first used: a header with a random key, and 4096 sets of
+8 slots.  A slot is 16 octets: a mark for the address, when its first failure was, how many there
+were.  Address, for IPv6 the /64 network, to set and mark is a hash with the key, so that nobody can
+choose addresses that meet in a set.  A slot expires by its time and is then free.
+
+Where all slots of a set are in use the one with the fewest failures makes room, the oldest of
+these, but none that has reached the limit: an address that is shut out can not be let in by the
+failures of others, and where there is no room a failure is not remembered.
+
+Each use opens the file, locks it (flock(2)) and closes it.  Whatever is wrong with it, nobody is
+refused for that: the log is told, and attempts are not counted.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from _socket import AF_INET, AF_INET6, inet_pton  # socket takes longer to import
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SETS, WAYS = 4096, 8
+LOCK_SECONDS = 1.0
+"""How long to wait for others who use the table; each of them is done within a millisecond."""
+
+_MAGIC = b"qmail-smtpd auth"
+_KEY = 16  # octets
+_HEADER = 64
+_MARK, _TIME, _COUNT = 8, 4, 4
+_LARGEST_COUNT = (1 << 8 * _COUNT) - 1
+_SLOT = _MARK + _TIME + _COUNT
+SIZE = _HEADER + SETS * WAYS * _SLOT
+
+_MAPPED = bytes(10) + b"\xff\xff"  # an IPv4 address as IPv6 (RFC 4291 section 2.5.5.2)
+_NETWORK = 8  # octets: who has one address of a /64 has them all
+
+
+class Slot:
+    """What is known of an address: `since` is the time of its first failure in seconds."""
+
+    __slots__ = ("count", "mark", "since")
+
+    def __init__(self, mark: bytes, since: int, count: int) -> None:
+        self.mark = mark
+        self.since = since
+        self.count = count
+
+    @classmethod
+    def unpack(cls, octets: bytes) -> Slot:
+        """The slot that these octets are."""
+        since, count = octets[_MARK : _MARK + _TIME], octets[_MARK + _TIME :]
+        return cls(octets[:_MARK], int.from_bytes(since, "big"), int.from_bytes(count, "big"))
+
+    def pack(self) -> bytes:
+        """The octets of the slot."""
+        return self.mark + self.since.to_bytes(_TIME, "big") + self.count.to_bytes(_COUNT, "big")
+
+
+class AuthFailures:
+    """The failed attempts of one address.
+
+    `limit` is how many it may have in `period` seconds; `tell` takes words for the log where the
+    table can not be used.
+    """
+
+    def __init__(
+        self, path: bytes, ip: bytes, limit: int, period: int, tell: Callable[[str], None]
+    ) -> None:
+        self._path = path
+        self._who = network(ip)
+        self._limit = limit
+        self._period = period
+        self._tell = tell
+
+    def are_too_many(self) -> bool:
+        """Whether the limit is reached, so that no attempt should be made."""
+        found = self._use(fcntl.LOCK_SH, self._find)
+        return bool(found) and found >= self._limit
+
+    def add(self) -> None:
+        """Count an attempt that has failed."""
+        self._use(fcntl.LOCK_EX, self._count)
+
+    def _use(self, lock: int, act: Callable[[int, int, bytes], int]) -> int:
+        """Act on the open table, the place of the address' set and its mark; 0 without success."""
+        if self._who is None:
+            return 0
+        try:
+            descriptor = os.open(self._path, _FLAGS, 0o600)
+            try:
+                _lock(descriptor, lock)
+                return act(descriptor, *_place(self._who, _key(descriptor)))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            why = error.strerror or str(error)
+            name = os.fsdecode(self._path)
+            self._tell(f"failed auth attempts not counted: {name}: {why} (uid {os.geteuid()})")
+            return 0
+
+    def _read(self, descriptor: int, place: int) -> list[Slot]:
+        octets = os.pread(descriptor, WAYS * _SLOT, place)
+        return [Slot.unpack(octets[at : at + _SLOT]) for at in range(0, len(octets), _SLOT)]
+
+    def _find(self, descriptor: int, place: int, mark: bytes) -> int:
+        now = int(time.time())
+        slots = self._read(descriptor, place)
+        return max((slot.count for slot in slots if self._is(slot, mark, now)), default=0)
+
+    def _count(self, descriptor: int, place: int, mark: bytes) -> int:
+        now = int(time.time())
+        slots = self._read(descriptor, place)
+        chosen = min(slots, key=lambda slot: self._worth(slot, mark, now))
+        if not self._is(chosen, mark, now):
+            if self._is_live(chosen, now) and chosen.count >= self._limit:
+                return 0
+            chosen.mark, chosen.since, chosen.count = mark, now, 0
+        chosen.count = min(chosen.count + 1, _LARGEST_COUNT)
+        os.pwrite(descriptor, chosen.pack(), place + slots.index(chosen) * _SLOT)
+        return chosen.count
+
+    def _worth(self, slot: Slot, mark: bytes, now: int) -> tuple[int, int]:
+        """The less, the rather is this the slot to use: the address' own, a free one, others."""
+        if self._is(slot, mark, now):
+            return -1, 0
+        return (slot.count, slot.since) if self._is_live(slot, now) else (0, 0)
+
+    def _is(self, slot: Slot, mark: bytes, now: int) -> bool:
+        return slot.mark == mark and self._is_live(slot, now)
+
+    def _is_live(self, slot: Slot, now: int) -> bool:
+        return slot.count > 0 and 0 <= now - slot.since < self._period
+
+
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def network(ip: bytes) -> bytes | None:
+    """The octets that stand for a client in the table; None where the text is no address."""
+    text = ip.decode("latin-1").partition("%")[0]
+    try:
+        if ":" not in text:
+            return inet_pton(AF_INET, text)
+        octets = inet_pton(AF_INET6, text)
+    except OSError:
+        return None
+    return octets[12:] if octets.startswith(_MAPPED) else octets[:_NETWORK]
+
+
+def _lock(descriptor: int, kind: int) -> None:
+    """Lock the file, or raise OSError when that takes too long."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise OSError(errno.EWOULDBLOCK, "somebody keeps it locked") from None
+            time.sleep(0.002)
+        else:
+            return
+
+
+def _key(descriptor: int) -> bytes:
+    """The key in the header of the table, which is made if the file is new; raises OSError."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a file")
+    if found.st_size == 0:
+        _lock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_size == 0:
+            os.ftruncate(descriptor, SIZE)
+            os.pwrite(descriptor, _MAGIC + os.urandom(_KEY), 0)
+    header = os.pread(descriptor, len(_MAGIC) + _KEY, 0)
+    if os.fstat(descriptor).st_size != SIZE or not header.startswith(_MAGIC):
+        raise OSError(errno.EINVAL, "not a table of failed attempts; remove it, or name another")
+    return header[len(_MAGIC) :]
+
+
+def _place(who: bytes, key: bytes) -> tuple[int, bytes]:
+    """The place of a client's set in the file, and its mark."""
+    from hashlib import blake2b
+
+    digest = blake2b(who, key=key, digest_size=4 + _MARK).digest()
+    number = int.from_bytes(digest[:4], "big") % SETS
+    return _HEADER + number * WAYS * _SLOT, digest[4:]
