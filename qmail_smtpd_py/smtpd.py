@@ -123,6 +123,7 @@ class Server(Effects):
     def close(self) -> None:
         """Give back what is open."""
         self._rcpt_hosts.close()
+        self._encryption = None  # it logs through us: a circle, and listeners collect no garbage
 
     def now(self) -> int:
         return int(time.time())
