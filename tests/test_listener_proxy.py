@@ -304,11 +304,10 @@ def test_a_stranger_is_not_believed(mx: Stage, tmp_path: Path, header: bytes) ->
     with Listening(mx, f"--proxy-from={address()}", "-x", str(rules)) as listener:
         client = through(listener, header, stranger)
         assert client.reply() == "220 mx.example.org ESMTP"
-        assert (client.reply() or "").startswith("502 ")
         if header == V1:
-            assert client.command(b"MAIL FROM:<a@example.com>") == "250 ok"
-            assert "rcpthosts" in (client.command(b"RCPT TO:<u@elsewhere.example>") or "")
+            assert client.read_to_end() == b"421 this is SMTP, goodbye (#4.5.0)\r\n"
         else:
+            assert (client.reply() or "").startswith("502 ")
             assert b"221 mx.example.org\r\n" in client.read_to_end()  # there is QUIT in it
         listener.log.wait_for(rf" connect ip={stranger} ")
 
