@@ -33,10 +33,10 @@ class Connection:
     )
 
     def __init__(self, environ: Mapping[bytes, bytes]) -> None:
-        self.remote_ip = _plain_ip(environ.get(b"TCPREMOTEIP", b"unknown"))
+        self.remote_ip = plain_ip(environ.get(b"TCPREMOTEIP", b"unknown"))
         self.remote_host = environ.get(b"TCPREMOTEHOST", b"unknown")
         self.remote_info = environ.get(b"TCPREMOTEINFO")
-        local_ip = _plain_ip(environ.get(b"TCPLOCALIP", b"unknown"))
+        local_ip = plain_ip(environ.get(b"TCPLOCALIP", b"unknown"))
         self.local = environ.get(b"TCPLOCALHOST", local_ip)
         self.local_port = environ.get(b"TCPLOCALPORT")
         self.relay_client = environ.get(b"RELAYCLIENT")
@@ -46,7 +46,8 @@ class Connection:
         return Connection({b"TCPLOCALHOST": self.local})
 
 
-def _plain_ip(ip: bytes) -> bytes:
+def plain_ip(ip: bytes) -> bytes:
+    """The address, but for an IPv4 address that is mapped into IPv6: that one as IPv4."""
     return ip[7:] if ip[:7].lower() == b"::ffff:" and b"." in ip else ip
 
 

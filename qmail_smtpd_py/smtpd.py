@@ -356,7 +356,12 @@ def main() -> int:
     try:
         _tidy_descriptors()
         arguments = [os.fsencode(word) for word in sys.argv[1:]]
-        return serve(0, 1, environment(), arguments, Resources(ControlFiles()))
+        environ = environment()
+        if b"REMOTE_ADDR" in environ:
+            from .activation import tcp_environ
+
+            environ = tcp_environ(environ, 0)
+        return serve(0, 1, environ, arguments, Resources(ControlFiles()))
     except (ConnectionLost, TimedOut, KeyboardInterrupt):
         return 1
     except MemoryError:

@@ -8,8 +8,9 @@ PREFIX is a directory of our own, such as /usr/local/qmail-smtpd-py:
     bin/          the programs: launchers, see qmail_smtpd_py/launcher.py
     man/man8/     their manual pages
     run/          service directories for daemontools, to be copied
+    systemd/      units for systemd, to be copied
     venv/1, 2 ..  a virtual environment for each installation, with the code that launchers run
-    installed     the files of bin, man and run, with the SHA-256 of each
+    installed     the files of bin, man, run and systemd, with the SHA-256 of each
 
 A new version comes as a virtual environment beside the old one, and is in force when its launchers
 have been renamed over the old ones.  Until then nothing has changed, and whatever fails changes
@@ -17,7 +18,7 @@ nothing.  Sessions that run meanwhile go on with the code that they began with: 
 before the last one stays until the next installation.
 
 A file that is not in `installed` is somebody else's: it is neither replaced nor removed.  A file
-that is in it, but was changed, is not removed either, and in run it is not replaced.
+that is in it, but was changed, is not removed either, and in run and systemd it is not replaced.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_PREFIX = "/usr/local/qmail-smtpd-py"
-"""What the files in run have for PREFIX."""
+"""What the files in run and systemd have for PREFIX."""
+
+SERVICES = ("run/", "systemd/")
+"""Where the files are that administrators copy and change."""
 
 PAGES = sorted(CHECKOUT.glob("man/*.8"))
 PROGRAMS = [page.stem for page in PAGES]
@@ -61,9 +65,9 @@ class Installed:
         return path.is_file() and digest(path.read_bytes()) == self.digests.get(name)
 
     def put(self, name: str, content: bytes, mode: int) -> None:
-        """Put a file in its place, by rename; one in run that was changed stays, and we say so."""
+        """Put a file in its place, by rename; a changed one of SERVICES stays, and we say so."""
         path = self.prefix / name
-        if name.startswith("run/") and path.exists() and not self.is_unchanged(name):
+        if name.startswith(SERVICES) and path.exists() and not self.is_unchanged(name):
             print(f"kept {path}, which was changed")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,7 @@ def install(prefix: Path, destdir: str) -> None:
     installed.remove(before - set(files))
     for old in _environments(target / "venv")[:-2]:
         shutil.rmtree(old)
-    print(f"installed in {prefix}: bin/qmail-smtpd, man, run")
+    print(f"installed in {prefix}: bin/qmail-smtpd, man, run, systemd")
     for path in _closed_to_others(target):
         print(f"note: other users can not run the programs, as {path} is closed to them")
 
@@ -135,8 +139,9 @@ def _pages() -> dict[str, bytes]:
 
 
 def _services(prefix: Path) -> dict[str, bytes]:
-    """The files of the service directories, for this prefix."""
-    files = [path for path in CHECKOUT.glob("run/**/*") if path.is_file()]
+    """The files of the service directories, and the units, for this prefix."""
+    found = [path for directory in SERVICES for path in CHECKOUT.glob(f"{directory}**/*")]
+    files = [path for path in found if path.is_file()]
     old, new = os.fsencode(DEFAULT_PREFIX), os.fsencode(prefix)
     return {str(file.relative_to(CHECKOUT)): file.read_bytes().replace(old, new) for file in files}
 

@@ -26,7 +26,12 @@ from e2e.programs import as_mail_user, need
 
 INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 PROGRAMS = {path.stem for path in ROOT.glob("man/*.8")}
-SERVICES = {str(path.relative_to(ROOT)) for path in ROOT.glob("run/**/*") if path.is_file()}
+SERVICES = {
+    str(path.relative_to(ROOT))
+    for directory in ("run", "systemd")
+    for path in ROOT.glob(f"{directory}/**/*")
+    if path.is_file()
+}
 
 
 def make(target: str, prefix: Path, **variables: object) -> str:
@@ -101,6 +106,7 @@ def test_what_is_installed(prefix: Path) -> None:
     pages = {f"man/man8/{name}.8" for name in PROGRAMS}
     assert files(prefix) == programs | pages | SERVICES | {"installed"}
     assert {"bin/qmail-smtpd", "man/man8/qmail-smtpd.8", "run/smtp/log/run"} <= files(prefix)
+    assert "systemd/qmail-smtpd@.service" in files(prefix)
 
 
 def test_the_checkout_has_no_traces_of_it(prefix: Path) -> None:

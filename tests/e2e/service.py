@@ -158,9 +158,9 @@ class Service:
         self._processes.append(process)
         return process
 
-    def _read_log(self, process):
+    def _read_log(self, process, port=_PORT):
         self.log = Log(process.stdout)
-        self.port = int(self.log.wait_for(_PORT)[0][1])
+        self.port = int(self.log.wait_for(port)[0][1])
 
     def stop(self):
         """End all of its processes; the end of its log says that they have ended."""
@@ -204,9 +204,9 @@ class Service:
     def __exit__(self, *_):
         self.stop()
 
-    def events(self, name=None, sessions=1):
+    def events(self, name=None, sessions=1, end=r"tcpserver: end \d+ status"):
         """What our program logged, once this many connections are over."""
-        self.log.wait_for(r"tcpserver: end \d+ status", sessions)
+        self.log.wait_for(end, sessions)
         events = [event for event in map(parse, self.log.lines()) if event]
         return [event for event in events if name in (None, event.name)]
 
