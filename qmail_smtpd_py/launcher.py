@@ -1,10 +1,11 @@
 """Launchers: the programs as they are installed, made to start in the least time.
 
 qmail-smtpd is started anew for every connection, so every connection pays for what it does before
-its first reply.  Three things make that cheap:
+its first reply.  Four things make that cheap:
 
     the interpreter itself is started, not a virtual environment's link to it, with -I and -S: it
     neither looks at the environment nor runs `site`; the launcher says where the packages are
+    posix is imported, of which os is a wrapper that takes a seventh of an interpreter's start
     all modules come out of one file, the start-up image, which has their code in the order in
     which they import each other: nothing is looked for, and nothing is read but this file
     the program ends by _exit: a process that ends anyway need not take itself apart

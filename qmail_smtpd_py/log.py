@@ -10,7 +10,7 @@ lines of many processes do not mix.  docs/log.md lists the events.
 
 from __future__ import annotations
 
-import os
+import posix as os  # cheaper at start: see launcher.py
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ def _write(line: bytes) -> None:
         pass
 
 
+def text(octets: bytes) -> str:
+    """Octets, such as a path, as they stand in the text of a field."""
+    return octets.decode("ascii", "backslashreplace")
+
+
 def where(error: BaseException) -> str:
     """The kind of an exception and where it came from: what a log may tell of a defect.
 
@@ -66,7 +71,7 @@ def where(error: BaseException) -> str:
         trace = trace.tb_next
     if not trace:
         return type(error).__name__
-    file = os.path.basename(trace.tb_frame.f_code.co_filename)
+    file = trace.tb_frame.f_code.co_filename.rpartition("/")[2]
     return f"{type(error).__name__} at {file} line {trace.tb_lineno}"
 
 

@@ -6,7 +6,7 @@ allowed, and an address without a domain always is.
 
 from __future__ import annotations
 
-import os
+import posix as os  # cheaper at start: see launcher.py
 
 from .cdb import CdbError, find
 from .control import entries, unusable

@@ -23,10 +23,8 @@ with open(report, "wb") as file:
 sys.exit(status)
 """
 
-OS = {"os", "os.path", "posixpath", "genericpath", "stat", "_stat", "_collections_abc"}
-
 PLAIN = {
-    *("__future__", "select", *OS),
+    *("__future__", "select"),
     *("badmailfrom", "cdb", "conduct", "connection", "control", "effects", "lines", "log"),
     *("maildata", "path", "rcpthosts", "reply", "sasl", "session", "settings", "smtpd", "trace"),
     *("transaction", "wire"),
