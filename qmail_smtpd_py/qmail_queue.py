@@ -4,9 +4,10 @@ It reads the message from descriptor 0 and the envelope from descriptor 1, and s
 status what became of them.  The envelope is written last and its end last of all: whatever happens
 before, qmail-queue sees an envelope that is cut off and queues nothing.
 
-Filters that stand in for it (simscan, qmail-scanner, qmail-qfilter) may have words of their own for
-the client.  They write them to descriptor 4 or 6, which are one pipe, and exit 82 or 88: a letter,
-D for good or Z for now, and a text (Flavio Curti's patch qmail-queue-custom-error).
+Filters that stand in for it (simscan and others) may have words of their own for the client.  They
+write them to descriptor 4 or 6, which are one pipe, as qmail-qfilter has a 4 of its own, and exit
+82 or 88: a letter, D for good or Z for now, and a text (Flavio Curti's patch
+qmail-queue-custom-error).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ HAS_TEXT = (82, 88)
 CODES = {b"D": 554, b"Z": 451}
 """The reply code that the first octet of such a text stands for."""
 
-_TEXT_WRITERS = (b"simscan", b"qmail-scanner", b"qmail-qfilter")
+_TEXT_WRITERS = (b"simscan", b"qmail-scanner", b"qmail-qfilter", b"qmail-dkim", b"qsheff")
 _TEXT_DESCRIPTORS = (4, 6)
 _LONGEST_TEXT = 255  # octets with the letter, as in the patch
 _TO_PRINTABLE = bytes(octet if 32 <= octet < 127 else ord("?") for octet in range(256))

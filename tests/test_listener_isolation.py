@@ -87,12 +87,14 @@ def test_who_a_client_was(mx: Stage) -> None:
     theirs, ours = mx.deliveries()
     assert theirs.environ["TCPREMOTEINFO"] == "joe"
     assert "RELAYCLIENT" in theirs.environ
-    assert not {"TCPREMOTEINFO", "RELAYCLIENT"} & ours.environ.keys()
+    assert theirs.environ["SMTPAUTHUSER"] == "joe"
+    whose = {"TCPREMOTEINFO", "RELAYCLIENT", "SMTPAUTHUSER", "SMTP_AUTH_USER", "SMTPAUTHMETHOD"}
+    assert not whose & ours.environ.keys()
     assert b"ESMTPSA" in theirs.read[0]
     assert b"with SMTP;" in ours.read[0] or b"with ESMTP;" in ours.read[0]
     assert theirs.descriptors.keys() == ours.descriptors.keys() == {0, 1, 2} | listing(ours)
     for check in mx.checks():
-        assert not {"TCPREMOTEINFO", "RELAYCLIENT"} & check.environ.keys()
+        assert not whose & check.environ.keys()
         assert check.descriptors.keys() == {0, 1, 2, 3} | listing(check)
 
 

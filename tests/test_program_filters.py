@@ -7,11 +7,14 @@ behind it.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from conformance import logs
 from conformance.client import Client
 from conformance.program import Program
 from conformance.stage import Stage
+from listener.listening import Listening
 
 AUTH = b"AUTH PLAIN AGpvZQBzZWNyZXQ="  # joe
 NAMES = ("SMTPAUTHUSER", "SMTP_AUTH_USER", "SMTPAUTHMETHOD")
@@ -98,6 +101,23 @@ def test_what_a_sender_puts_into_a_filters_words_is_one_line_of_text(filtering: 
         )
         assert said.endswith("221 bye virus")
         assert client.command(b"NOOP") == "250 ok"
+
+
+def test_a_filter_behind_the_listener(filtering: Stage) -> None:
+    """One worker, many messages: each text is of its own message, and no pipe is left."""
+    descriptors = set()
+    with Listening(filtering, "-c", "1") as listener:
+        for number in range(10):
+            client = listener.greeted()
+            name = b"X-Name: number-%d\r\n\r\n" % number
+            assert f" number-{number} virus" in deliver(client, name + b"VIRUS")
+            assert deliver(client, b"\r\nhello").startswith("250 ok ")
+            (worker,) = listener.workers
+            descriptors.add(len(os.listdir(f"/proc/{worker}/fd")))
+            assert client.command(b"QUIT") == "221 mx.example.org"
+            listener.ends()
+    assert len(descriptors) == 1
+    assert len(filtering.deliveries()) == 10
 
 
 CHOICES = {

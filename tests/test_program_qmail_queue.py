@@ -307,6 +307,8 @@ PROGRAMS = {
     b"/var/qmail/bin/qmail-scanner-queue": True,
     b"/usr/local/bin/qmail-qfilter": True,
     b"simscan": True,
+    b"/usr/local/bin/qsheff": True,
+    b"bin/qmail-dkim": True,
     b"bin/qmail-queue": False,
     b"/simscan/qmail-queue": False,
     b"/var/qmail/bin/my-simscan": False,
