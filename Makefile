@@ -51,7 +51,7 @@ venv-module: python
 	@touch $@
 
 run: .venv/run
-	@setup/packages tcpserver=ucspi-tcp openssl=openssl
+	@setup/packages openssl=openssl
 	@PORT=$(PORT) setup/demo
 
 test: .venv/test

@@ -78,8 +78,13 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Press Ctrl-C; all that it started has ended when its output has."""
-        os.killpg(self._process.pid, signal.SIGINT)
+        self.end(signal.SIGINT)
+
+    def end(self, number: int) -> None:
+        """Press Ctrl-C, or the like; all that it started has ended when its output has."""
+        if self._output.closed:
+            return
+        os.killpg(self._process.pid, number)
         self.log = self._output.read()
         self._output.close()
         self._process.wait()
@@ -92,7 +97,7 @@ class Running:
 
 
 def test_what_it_says_to_type_sends_a_message(checkout: Path) -> None:
-    need("make", "tcpserver", "openssl", "swaks")
+    need("make", "openssl", "swaks")
     with Running(checkout) as running:
         wait_for_port(running.port)
         python = running.command("python3 ").replace("python3", sys.executable, 1)
@@ -112,7 +117,14 @@ def test_what_it_says_to_type_sends_a_message(checkout: Path) -> None:
     assert str(checkout / ".run/Maildir/new") in running.said
 
     with Running(checkout) as again:
-        pass
+        wait_for_port(again.port)
+        with socket.create_connection(("127.0.0.1", again.port)) as waiting:
+            assert waiting.recv(100) == b"220 localhost ESMTP\r\n"
+            again.end(signal.SIGTERM)  # it does not wait for a client that does nothing
+            assert waiting.recv(100) == b""
+    for log in (running.log, again.log):
+        assert "qmail-smtpd-listen: stopping: " in log
+        assert "Traceback" not in log
     password = re.compile(r"whose password is (\w+)")
     assert password.findall(again.said) == password.findall(running.said)
 
