@@ -120,6 +120,17 @@ class Server(Effects):
         self.log("limit", {"code": code, "why": "spoke before the greeting"})
         return is_dropped
 
+    def open_session(self) -> Session:
+        """The session for the connection; one that is written down where SMTPTRACE says so."""
+        where = self._environ.get(b"SMTPTRACE")
+        if not where:
+            return Session(self.connection, self.settings, self)
+        from .transcript import transcript
+        from .watched import WatchedSession
+
+        written = transcript(where, self.connection.remote_ip, self.log)
+        return WatchedSession(self.connection, self.settings, self, written)
+
     def close(self) -> None:
         """Give back what is open."""
         self._rcpt_hosts.close()
@@ -285,7 +296,7 @@ def _converse(wire: Wire, server: Server, may_begin: Callable[[], bool] | None) 
     if not may_begin:
         ends = {"host": connection.remote_host, "local": connection.local}
         server.log("connect", {**ends, "port": connection.local_port})
-    session = Session(connection, server.settings, server)
+    session = server.open_session()
     try:
         why = _dialogue(wire, server, session, may_begin)
     except TimedOut:
