@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import stat
 import sys
 import time
 
-from . import log, tls
+from . import background, log, sockets, tls
 from .control import CachedControlFiles
 from .effects import ControlError
 from .options import NAME, USAGE, Options, StartError, UsageError
@@ -23,9 +22,6 @@ from .prefork import Place, Pool
 from .smtpd import HOME, Resources, Server, environment
 from .worker import Helper, Service, Worker
 
-_FDS_START = 3  # sd_listen_fds(3)
-_MOST_DESCRIPTORS = 1024  # that we may inherit
-_INHERITED = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor, 1 if it is ours, workers
 _SIGNALS = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
     signal.SIGUSR2, signal.SIGCHLD,
@@ -38,10 +34,8 @@ class Listener:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._directory = os.getcwd()  # which names in the command line may be relative to
-        self._is_successor = False
-        self._predecessors: list[int] = []
-        self._owns_socket = True
-        self._socket = self._inherit() or (_bind_helper if options.helper else _bind)(options)
+        self._heritage = sockets.inherit()
+        self._socket = self._heritage.socket or sockets.bind(options)
         if not options.helper:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, options.no_delay)
         self._socket.setblocking(False)
@@ -49,25 +43,10 @@ class Listener:
         self._renew_at = 0.0
         self._signals: list[int] = []
 
-    def _inherit(self) -> socket.socket | None:
-        """The socket that a predecessor or systemd left us (sd_listen_fds(3)), or None."""
-        left = os.environ.pop(_INHERITED, None)
-        if left:
-            descriptor, owns_socket, *self._predecessors = map(int, left.split(","))
-            self._owns_socket = bool(owns_socket)
-            self._is_successor = True
-            return _adopt(descriptor)
-        if os.environ.pop("LISTEN_PID", None) == str(os.getpid()):
-            os.environ.pop("LISTEN_FDS", None)
-            self._owns_socket = False
-            return _adopt(_FDS_START)
-        os.closerange(3, _MOST_DESCRIPTORS)
-        return None
-
     @property
     def is_successor(self) -> bool:
         """Whether another listener was restarted as this one."""
-        return self._is_successor
+        return self._heritage.is_successor
 
     @property
     def descriptor(self) -> int:
@@ -94,7 +73,7 @@ class Listener:
             lambda: self._prepare(service),
             self._tell,
         )
-        pool.predecessors.update(self._predecessors)
+        pool.predecessors.update(self._heritage.workers)
         wake = self._catch_signals()
         if service.is_verbose:
             _complain(f"status: 0/{options.limit}")
@@ -183,7 +162,7 @@ class Listener:
         if pool.board.stopping:
             return
         pool.stop()
-        if self._owns_socket:
+        if self._heritage.owns_socket:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._tell(f"stopping: {pool.board.busy} connections left")
 
@@ -200,9 +179,7 @@ class Listener:
         """
         with open("/proc/self/cmdline", "rb") as file:  # with the interpreter's own options
             words = file.read().split(b"\0")[:-1]
-        descriptor = self._socket.fileno()
-        heritage = ",".join(map(str, [descriptor, int(self._owns_socket), *pool.workers]))
-        os.set_inheritable(descriptor, True)
+        heritage = self._heritage.leave(self._socket, pool.workers)
         pool.replace_all()
         self._tell("restarting")
         # Until the new one has handlers, what comes would end it: it is to wait instead.
@@ -212,20 +189,12 @@ class Listener:
         here = os.getcwd()
         try:
             os.chdir(self._directory)
-            os.execve(sys.executable, words, {**os.environ, _INHERITED: heritage})
+            os.execve(sys.executable, words, {**os.environ, **heritage})
         except OSError as error:
             os.chdir(here)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            os.set_inheritable(descriptor, False)
+            self._socket.set_inheritable(False)
             self._tell(f"warning: cannot restart: {error.strerror}")
-
-
-def _adopt(descriptor: int) -> socket.socket:
-    """The socket that was inherited; what else was is closed, so that no child gets it."""
-    os.closerange(3, descriptor)
-    os.closerange(descriptor + 1, _MOST_DESCRIPTORS)
-    os.set_inheritable(descriptor, False)
-    return socket.socket(fileno=descriptor)
 
 
 def _fill_descriptors() -> None:
@@ -253,55 +222,6 @@ def _preload(service: Service) -> None:
         service.complain(f"warning: cannot load ahead: {log.where(error)}")
 
 
-def _bind(options: Options) -> socket.socket:
-    """A socket that listens where the command line says; raises StartError."""
-    host = "0.0.0.0" if options.host == "0" else options.host
-    try:
-        if options.port.isdigit() and int(options.port) > 65535:
-            raise OSError(0, "there is no such port")  # of which the library would make another
-        found = socket.getaddrinfo(
-            host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # localhost is 127.0.0.1
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
-        listener.bind(address)
-        listener.listen(options.backlog)
-    except (OSError, UnicodeError) as error:
-        where = f"{options.host} port {options.port}"
-        why = error.strerror if isinstance(error, OSError) else "this is no name"
-        raise StartError(f"cannot listen on {where}: {why}") from None
-    return listener
-
-
-def _bind_helper(options: Options) -> socket.socket:
-    """A UNIX socket that only -u's processes will be able to connect to; raises StartError."""
-    path = options.helper
-    assert path
-    try:
-        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
-            os.unlink(path)
-        helper = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            helper.bind(path)
-        finally:
-            os.umask(before)
-        if options.uid is not None or options.gid is not None:
-            keep = -1
-            os.chown(
-                path,
-                keep if options.uid is None else options.uid,
-                keep if options.gid is None else options.gid,
-            )
-    except OSError as error:
-        raise StartError(f"cannot listen on {path}: {error.strerror}") from None
-    return helper
-
-
 def _drop_privileges(options: Options) -> None:
     """Become -g and -u, with no way back; raises StartError."""
     who = f"gid {options.gid}"
@@ -314,67 +234,6 @@ def _drop_privileges(options: Options) -> None:
             os.setuid(options.uid)
     except OSError as error:
         raise StartError(f"cannot become {who}: {error.strerror}") from None
-
-
-def _detach(options: Options, listener: Listener) -> None:
-    """Go into the background (python-daemon, PEP 3143); raises StartError."""
-    from daemon import DaemonContext
-
-    _check_pid_file(options.pid_file)
-    pid_file = _open_to_append(options.pid_file or os.devnull)
-    if options.log_file:
-        os.dup2(_open_to_append(options.log_file), log.DESCRIPTOR)
-    DaemonContext(
-        files_preserve=[listener.descriptor, pid_file],
-        stderr=sys.stderr,
-        working_directory="/",
-        umask=0o022,
-        detach_process=True,
-        prevent_core=False,
-        initgroups=False,
-        signal_map={},
-    ).open()
-    if options.pid_file:
-        os.ftruncate(pid_file, 0)
-    os.write(pid_file, b"%d\n" % os.getpid())
-    os.close(pid_file)
-
-
-def _check_pid_file(path: str | None) -> None:
-    """Raises StartError where the file has the process id of a listener that runs."""
-    pid = _pid_in(path)
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            runs = NAME.encode() in file.read()
-    except OSError:
-        return
-    if runs:
-        raise StartError(f"{path} is there, and process {pid} runs")
-
-
-def _remove_pid_file(path: str | None) -> None:
-    """Remove our own file; one that -u may not remove is replaced at the next start."""
-    if path and _pid_in(path) == os.getpid():
-        try:
-            os.unlink(path)
-        except OSError:
-            pass
-
-
-def _pid_in(path: str | None) -> int:
-    """The process id in a pid file; 0 if there is none."""
-    try:
-        with open(path or os.devnull) as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return 0
-
-
-def _open_to_append(path: str) -> int:
-    try:
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StartError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _complain(line: str) -> None:
@@ -392,11 +251,11 @@ def main() -> int:
             if options.print_port:
                 print(listener.port, flush=True)
             if options.daemon:
-                _detach(options, listener)
+                background.detach(options, listener.descriptor)
             _drop_privileges(options)
         listener.run()
         if options.daemon:
-            _remove_pid_file(options.pid_file)
+            background.remove_pid_file(options.pid_file)
     except StartError as error:
         _complain(f"fatal: {error}")
         if isinstance(error, UsageError):

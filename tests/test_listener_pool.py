@@ -215,7 +215,10 @@ def test_a_busy_worker_is_killed(mx: Stage) -> None:
         end_message(other)
         quit_(other)
         served_by(listener)
-        eventually(lambda: len(mx.deliveries()) == 2, "both have ended")
+        eventually(
+            lambda: [1 in delivery.read for delivery in mx.deliveries()] == [True, True],
+            "both have read all",
+        )
     assert sorted(delivery.read[1][:1] for delivery in mx.deliveries()) == [b"", b"F"]
 
 

@@ -155,12 +155,12 @@ def test_workers_are_replaced_each_after_its_session(mx: Stage) -> None:
     with Listening(mx, "--idle=2") as listener:
         before = workers(listener, 2)
         client = listener.greeted()
+        [accepted] = listener.log.wait_for(r": pid (\d+) from ")
+        busy = int(accepted[1])
         listener.signal(signal.SIGHUP)
-        for pid in before:
-            if f"pid {pid} from" not in listener.log.text():
-                wait_for_death(pid)
-        eventually(lambda: len(before & listener.workers) == 1, "only the busy one is left")
-        [busy] = before & listener.workers
+        for pid in before - {busy}:
+            wait_for_death(pid)
+        assert busy in listener.workers
         send_message(client)
         quit_(client)
         wait_for_death(busy)

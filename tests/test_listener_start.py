@@ -13,8 +13,11 @@ import pytest
 from conformance.client import Client
 from conformance.stage import Stage
 from conformance.transport import SocketConnection
+from e2e.programs import need
 from listener.listening import (
+    ADDRESS,
     PATIENCE,
+    USUAL,
     Listening,
     children,
     eventually,
@@ -227,24 +230,73 @@ def is_listening(port: int) -> bool:
 
 ACTIVATE = """
 import os, socket, sys
-os.dup2(int(sys.argv[1]), 3)
-os.environ["LISTEN_FDS"] = "1"
-os.environ["LISTEN_PID"] = str(os.getpid())
-os.execv(sys.argv[2], sys.argv[2:])
+number = int(sys.argv[1])
+os.dup2(number, 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv[2], LISTEN_FDNAMES="smtp")
+os.execv(sys.argv[3], sys.argv[3:])
 """
+
+
+def activated(server: socket.socket, sockets: int = 1) -> tuple[str, ...]:
+    """What starts a listener as systemd does."""
+    return (sys.executable, "-IS", "-c", ACTIVATE, str(server.fileno()), str(sockets))
 
 
 def test_a_socket_that_is_there_already(mx: Stage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        activate = (sys.executable, "-IS", "-c", ACTIVATE, str(server.fileno()))
-        with Listening(mx, port=0, before=activate, pass_fds=[server.fileno()]) as listener:
+        before = activated(server)
+        with Listening(mx, port=0, before=before, pass_fds=[server.fileno()]) as listener:
             assert listener.port == server.getsockname()[1]
             client = listener.greeted()
             send_message(client)
             quit_(client)
             listener.signal(signal.SIGTERM)
             assert listener.wait() == 0
-        assert not {"LISTEN_FDS", "LISTEN_PID"} & mx.deliveries()[0].environ.keys()
+        told = mx.deliveries()[0].environ.keys()
+        assert not {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"} & told
         # It is systemd's, and still good: connections wait in it for the next listener.
         with socket.create_connection(server.getsockname()):
             server.accept()[0].close()
+
+
+def test_more_sockets_than_one(mx: Stage) -> None:
+    """Are not left to clients who would wait in them in vain."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        words = [*activated(server, 2), *program(), ADDRESS, "0"]
+        ended = subprocess.run(
+            words,
+            env=octet_environment(mx),
+            pass_fds=[server.fileno()],
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    why = b"fatal: systemd has 2 sockets for us: a listener has one"
+    assert (ended.returncode, ended.stderr) == (111, b"qmail-smtpd-listen: " + why + b"\n")
+
+
+class Activated(Listening):
+    """A listener behind the real systemd-socket-activate, which starts it for its first client."""
+
+    def __init__(self, stage: Stage) -> None:
+        (activate,) = need("systemd-socket-activate")
+        self.address = ADDRESS
+        with socket.create_server((ADDRESS, 0)) as free:
+            self.port = free.getsockname()[1]
+        kept = [f"--setenv={name}" for name in stage.env]
+        words = [activate, f"--listen={ADDRESS}:{self.port}", *kept, *program(), *USUAL]
+        self._start(stage, [*words, ADDRESS, str(self.port), *stage.args], {})
+        self.log.wait_for(r"^Listening on ")
+
+
+def test_behind_systemd_socket_activate(mx: Stage) -> None:
+    with Activated(mx) as listener:
+        for _ in range(2):
+            client = listener.greeted()
+            send_message(client)
+            quit_(client)
+            listener.signal(signal.SIGUSR2)
+            listener.log.wait_for(r": restarting$")
+        listener.signal(signal.SIGTERM)
+        assert listener.wait() == 0
+    assert len(mx.deliveries()) == 2

@@ -1,0 +1,72 @@
+"""--daemon: the listener without a supervisor, found again by its pid file."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from . import log
+from .options import NAME, Options, StartError
+
+
+def detach(options: Options, keep: int) -> None:
+    """Go into the background with the descriptor `keep` (python-daemon, PEP 3143); raises
+    StartError.
+    """
+    from daemon import DaemonContext
+
+    _check_pid_file(options.pid_file)
+    pid_file = _open_to_append(options.pid_file or os.devnull)
+    if options.log_file:
+        os.dup2(_open_to_append(options.log_file), log.DESCRIPTOR)
+    DaemonContext(
+        files_preserve=[keep, pid_file],
+        stderr=sys.stderr,
+        working_directory="/",
+        umask=0o022,
+        detach_process=True,
+        prevent_core=False,
+        initgroups=False,
+        signal_map={},
+    ).open()
+    if options.pid_file:
+        os.ftruncate(pid_file, 0)
+    os.write(pid_file, b"%d\n" % os.getpid())
+    os.close(pid_file)
+
+
+def _check_pid_file(path: str | None) -> None:
+    """Raises StartError where the file has the process id of a listener that runs."""
+    pid = _pid_in(path)
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            runs = NAME.encode() in file.read()
+    except OSError:
+        return
+    if runs:
+        raise StartError(f"{path} is there, and process {pid} runs")
+
+
+def remove_pid_file(path: str | None) -> None:
+    """Remove our own file; one that -u may not remove is replaced at the next start."""
+    if path and _pid_in(path) == os.getpid():
+        try:
+            os.unlink(path)
+        except OSError:
+            pass
+
+
+def _pid_in(path: str | None) -> int:
+    """The process id in a pid file; 0 if there is none."""
+    try:
+        with open(path or os.devnull) as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def _open_to_append(path: str) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StartError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,119 @@
+"""Where the listener listens: its own socket, or one that systemd or a predecessor has left it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+
+from .options import Options, StartError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_FDS_START = 3  # sd_listen_fds(3)
+_MOST_DESCRIPTORS = 1024  # that we may inherit
+_VARIABLE = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor, 1 if it is ours, workers
+
+
+class Heritage:
+    """What whoever started us has left: the socket, or None; whether it is ours to shut down, or
+    systemd's; and the workers of a predecessor, if that is what left it.
+    """
+
+    def __init__(self, descriptor: int | None, owns_socket: bool = True) -> None:
+        self.socket = None if descriptor is None else _adopt(descriptor)
+        self.owns_socket = owns_socket
+        self.is_successor = False
+        self.workers: list[int] = []
+
+    def leave(self, listener: socket.socket, workers: Iterable[int]) -> dict[str, str]:
+        """The variable by which a successor finds all this again; the socket stays open for it."""
+        listener.set_inheritable(True)
+        numbers = [listener.fileno(), int(self.owns_socket), *workers]
+        return {_VARIABLE: ",".join(map(str, numbers))}
+
+
+def inherit() -> Heritage:
+    """Take what we were left; all other descriptors are closed, so that no child gets them.
+
+    No variable of it stays, as children are to have the environment of the listener's start.
+    Raises StartError where systemd has more than one socket for us.
+    """
+    left = os.environ.pop(_VARIABLE, None)
+    if left:
+        descriptor, owns_socket, *workers = map(int, left.split(","))
+        heritage = Heritage(descriptor, bool(owns_socket))
+        heritage.is_successor = True
+        heritage.workers = workers
+        return heritage
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        del os.environ["LISTEN_PID"]
+        sockets = os.environ.pop("LISTEN_FDS", "")
+        os.environ.pop("LISTEN_FDNAMES", None)
+        if sockets != "1":
+            raise StartError(f"systemd has {sockets} sockets for us: a listener has one")
+        return Heritage(_FDS_START, owns_socket=False)
+    os.closerange(3, _MOST_DESCRIPTORS)
+    return Heritage(None)
+
+
+def _adopt(descriptor: int) -> socket.socket:
+    """The socket that was inherited; what else was is closed."""
+    os.closerange(3, descriptor)
+    os.closerange(descriptor + 1, _MOST_DESCRIPTORS)
+    os.set_inheritable(descriptor, False)
+    return socket.socket(fileno=descriptor)
+
+
+def bind(options: Options) -> socket.socket:
+    """A socket where the command line says; raises StartError."""
+    return _bind_helper(options.helper, options) if options.helper else _bind_port(options)
+
+
+def _bind_port(options: Options) -> socket.socket:
+    """A socket that listens where the command line says; raises StartError."""
+    host = "0.0.0.0" if options.host == "0" else options.host
+    try:
+        if options.port.isdigit() and int(options.port) > 65535:
+            raise OSError(0, "there is no such port")  # of which the library would make another
+        found = socket.getaddrinfo(
+            host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # localhost is 127.0.0.1
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+        listener.bind(address)
+        listener.listen(options.backlog)
+    except (OSError, UnicodeError) as error:
+        where = f"{options.host} port {options.port}"
+        why = error.strerror if isinstance(error, OSError) else "this is no name"
+        raise StartError(f"cannot listen on {where}: {why}") from None
+    return listener
+
+
+def _bind_helper(path: str, options: Options) -> socket.socket:
+    """A UNIX socket that only -u's processes will be able to connect to; raises StartError."""
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+        helper = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            helper.bind(path)
+        finally:
+            os.umask(before)
+        if options.uid is not None or options.gid is not None:
+            keep = -1
+            os.chown(
+                path,
+                keep if options.uid is None else options.uid,
+                keep if options.gid is None else options.gid,
+            )
+    except OSError as error:
+        raise StartError(f"cannot listen on {path}: {error.strerror}") from None
+    return helper
