@@ -9,8 +9,9 @@ PREFIX is a directory of our own, such as /usr/local/qmail-smtpd-py:
     man/man8/     their manual pages
     run/          service directories for daemontools, to be copied
     systemd/      units for systemd, to be copied
+    fail2ban/     a filter and a jail for fail2ban, to be copied
     venv/1, 2 ..  a virtual environment for each installation, with the code that launchers run
-    installed     the files of bin, man, run and systemd, with the SHA-256 of each
+    installed     the files of all these, with the SHA-256 of each; not those of venv
 
 A new version comes as a virtual environment beside the old one, and is in force when its launchers
 have been renamed over the old ones.  Until then nothing has changed, and whatever fails changes
@@ -18,7 +19,7 @@ nothing.  Sessions that run meanwhile go on with the code that they began with: 
 before the last one stays until the next installation.
 
 A file that is not in `installed` is somebody else's: it is neither replaced nor removed.  A file
-that is in it, but was changed, is not removed either, and in run and systemd it is not replaced.
+that is in it, but was changed, is not removed either, and one that is to be copied not replaced.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_PREFIX = "/usr/local/qmail-smtpd-py"
-"""What the files in run and systemd have for PREFIX."""
+"""What the files that are to be copied have for PREFIX."""
 
-SERVICES = ("run/", "systemd/")
+SERVICES = ("run/", "systemd/", "fail2ban/")
 """Where the files are that administrators copy and change."""
 
 PAGES = sorted(CHECKOUT.glob("man/*.8"))
@@ -128,7 +129,7 @@ def install(prefix: Path, destdir: str) -> None:
     installed.remove(before - set(files))
     for old in _environments(target / "venv")[:-2]:
         shutil.rmtree(old)
-    print(f"installed in {prefix}: bin/qmail-smtpd, man, run, systemd")
+    print(f"installed in {prefix}: bin/qmail-smtpd, man, run, systemd, fail2ban")
     for path in _closed_to_others(target):
         print(f"note: other users can not run the programs, as {path} is closed to them")
 

@@ -12,7 +12,7 @@ import pytest
 PATIENCE = 30
 """Seconds until something that has to happen counts as something that did not."""
 
-EVENTS = ("connect", "tls", "auth", "mail", "error", "disconnect")
+EVENTS = ("connect", "tls", "auth", "mail", "limit", "trace", "error", "disconnect")
 
 _HEAD = re.compile(r"qmail-smtpd\[(\d+)\]: ([a-z]+)")
 _QUOTED = r'"(?:[ !#-\[\]-~]|\\x[0-9a-f]{2})*"'
