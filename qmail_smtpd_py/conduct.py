@@ -2,7 +2,7 @@
 
 Each reply of the session is shown to `Conduct`, which counts those that refuse, by their code:
 
-    500 501 502 504     a command that is none
+    500 501 502 504     a command that is none; not an AUTH exchange that was canceled
     535                 a failed AUTH attempt; so is one that was refused for those before it
     550 553             a recipient that is not taken
 
@@ -43,9 +43,10 @@ class Limits:
 
 _BAD_COMMAND, _AUTH_FAILURE, _BAD_RECIPIENT = range(3)
 
-_COUNTED: dict[object, int] = {
+_COUNTED: dict[object, int | None] = {
     500: _BAD_COMMAND,
     501: _BAD_COMMAND,
+    reply.AUTH_CANCELED: None,  # the client may (RFC 4954 section 4)
     502: _BAD_COMMAND,
     504: _BAD_COMMAND,
     535: _AUTH_FAILURE,

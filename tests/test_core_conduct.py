@@ -51,6 +51,11 @@ def test_trouble_is_no_failed_attempt() -> None:
     assert grammar.codes(session.receive(GOOD * 100)) == [454] * 100
 
 
+def test_to_cancel_is_no_bad_command() -> None:
+    session, _ = open_session()
+    assert grammar.codes(session.receive(b"AUTH PLAIN\r\n*\r\n" * 30)) == [334, 501] * 30
+
+
 def test_a_user_who_gets_it_right_the_third_time_is_welcome() -> None:
     session, _ = open_session()
     assert grammar.codes(session.receive(BAD + BAD + GOOD + MAIL)) == [535, 535, 235, 250]
