@@ -71,7 +71,7 @@ def test_tls_does_not_forget_failed_attempts() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *(b"ETRN x", b"", b"STARTTLS x", b"AUTH X", b"AUTH PLAIN ?", b"AUTH PLAIN\r\n*"),
+        *(b"ETRN x", b"", b"STARTTLS x", b"AUTH X", b"AUTH PLAIN ?"),
         b"x" * 20000,
     ],
 )
