@@ -127,11 +127,11 @@ class Pace:
         self._octets = 0
         self._seconds = 0.0
 
-    def keeps_up(self, octets: int, seconds: float, was_half_sent: bool) -> bool:
-        """Take note that so many octets came after so many seconds of waiting; `was_half_sent` is
-        how things stood before they came.
+    def keeps_up(self, octets: int, seconds: float, is_half_sent: bool) -> bool:
+        """Take note that so many octets came after so many seconds of waiting; `is_half_sent` tells
+        that something was half sent before, and still is.
         """
-        if not was_half_sent:
+        if not is_half_sent:
             self._octets, self._seconds = 0, 0.0
             return True
         self._octets += octets

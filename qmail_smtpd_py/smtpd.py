@@ -356,10 +356,11 @@ def _take_turn(wire: Wire, server: Server, session: Session) -> None:
             raise
         wire.write(session.time_out(reply.SESSION_TOO_LONG))
         return
-    if server.pace.keeps_up(len(data), time.monotonic() - begin, was_half_sent):
-        wire.write(session.receive(data))
-    else:
-        wire.write(session.time_out(reply.TOO_SLOW))
+    waited = time.monotonic() - begin
+    replies = session.receive(data)
+    if not server.pace.keeps_up(len(data), waited, was_half_sent and session.is_half_sent):
+        replies += session.time_out(reply.TOO_SLOW)
+    wire.write(replies)
 
 
 def main() -> int:

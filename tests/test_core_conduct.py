@@ -198,19 +198,19 @@ def test_what_is_half_sent() -> None:
 
 def test_a_client_that_sends_little_by_little_is_too_slow() -> None:
     pace = Pace(rate=1, window=1200)
-    assert pace.keeps_up(1, 1000, was_half_sent=False), "it may think before it begins"
-    assert pace.keeps_up(1, 1199, was_half_sent=True)
-    assert not pace.keeps_up(1, 1199, was_half_sent=True)
+    assert pace.keeps_up(1, 1000, is_half_sent=False), "it may think before it begins"
+    assert pace.keeps_up(1, 1199, is_half_sent=True)
+    assert not pace.keeps_up(1, 1199, is_half_sent=True)
 
 
 def test_each_window_is_for_itself() -> None:
     pace = Pace(rate=10, window=60)
-    assert pace.keeps_up(1_000_000, 60, was_half_sent=True)
-    assert pace.keeps_up(599, 59, was_half_sent=True)
-    assert not pace.keeps_up(1, 2, was_half_sent=True), "600 in 61 seconds"
-    assert pace.keeps_up(1, 59, was_half_sent=True)
-    assert pace.keeps_up(1, 59, was_half_sent=False), "a new command"
-    assert pace.keeps_up(1, 59, was_half_sent=True)
+    assert pace.keeps_up(1_000_000, 60, is_half_sent=True)
+    assert pace.keeps_up(599, 59, is_half_sent=True)
+    assert not pace.keeps_up(1, 2, is_half_sent=True), "600 in 61 seconds"
+    assert pace.keeps_up(1, 59, is_half_sent=True)
+    assert pace.keeps_up(1, 59, is_half_sent=False), "a new command"
+    assert pace.keeps_up(1, 59, is_half_sent=True)
 
 
 @pytest.mark.parametrize("octets_a_second", [960, 30])
@@ -218,17 +218,17 @@ def test_a_slow_line_is_fast_enough(octets_a_second: int) -> None:
     """50 MB by a modem of 9600 bit/s, 14 hours; a packet of 536 octets at a time."""
     pace = Pace(rate=1, window=1200)
     seconds = 536 / octets_a_second
-    assert all(pace.keeps_up(536, seconds, was_half_sent=True) for _ in range(50_000_000 // 536))
+    assert all(pace.keeps_up(536, seconds, is_half_sent=True) for _ in range(50_000_000 // 536))
 
 
 def test_a_line_that_is_dead_for_a_while_is_no_reason() -> None:
     pace = Pace(rate=1, window=1200)
-    assert all(pace.keeps_up(1460, 1199, was_half_sent=True) for _ in range(100))
+    assert all(pace.keeps_up(1460, 1199, is_half_sent=True) for _ in range(100))
 
 
 def test_no_rate_is_any_rate() -> None:
     pace = Pace(rate=0, window=1)
-    assert all(pace.keeps_up(1, 1000, was_half_sent=True) for _ in range(10))
+    assert all(pace.keeps_up(1, 1000, is_half_sent=True) for _ in range(10))
 
 
 @pytest.mark.parametrize("name", ["TOO_SLOW", "SESSION_TOO_LONG"])

@@ -13,6 +13,9 @@ from conformance.client import Client
 from conformance.program import Program
 from conformance.stage import Stage
 from conformance.world import base64
+from listener.listening import Listening
+
+pytest_plugins = ["listener.fixtures"]
 
 WRONG = b"AUTH PLAIN " + base64(b"\0eve\0wrong")
 ENVELOPE = [b"MAIL FROM:<a@client.example.com>", b"RCPT TO:<user@example.org>", b"DATA"]
@@ -194,6 +197,20 @@ def test_a_client_that_trickles(host: Stage, is_message: bool) -> None:
         nothing_was_queued(host)
 
 
+def test_who_comes_to_an_end_was_not_too_slow(host: Stage) -> None:
+    """The last octets may be as late as any, and what is typed in a hurry need not be long."""
+    host.control({"timeoutsmtpd": "2\n", "minrate": "1000\n"})
+    with Program(host) as program:
+        client = greeted(program)
+        begin_message(client)
+        for piece in (b"Subject: x\r\n", b"\r\n.\r\n"):
+            client._take(time.monotonic() + 1.2)
+            client.send(piece)
+        assert (client.reply() or "").startswith("250 ok ")
+        assert client.command(b"QUIT") == "221 mx.example.org"
+        assert limit_lines(program) == []
+
+
 def test_silence_is_still_a_timeout(host: Stage) -> None:
     host.control({"timeoutsmtpd": "1\n", "minrate": "1000\n"})
     with Program(host) as program:
@@ -278,4 +295,15 @@ def test_with_smtps_it_is_inside_of_tls_that_the_client_has_to_wait(
         assert client.start_tls() == "ok"
         if is_early:
             client.send(b"EHLO x\r\n")
+        assert client.reply() == ("554 SMTP protocol violation" if is_early else GREETING)
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+def test_a_proxy_is_not_early(mx: Stage, is_early: bool) -> None:
+    """Its header is read before; what comes behind it is the client's."""
+    mx.environment({"SMTPD_GREETDELAY": "1", "DROP_PRE_GREET": "1"})
+    with Listening(mx, "--proxy-from=127.0.0.1") as listener:
+        client = listener.connect()
+        header = b"PROXY TCP4 192.0.2.25 198.51.100.1 4711 25\r\n"
+        client.send(header + (b"EHLO x\r\n" if is_early else b""))
         assert client.reply() == ("554 SMTP protocol violation" if is_early else GREETING)
