@@ -47,6 +47,7 @@ class Wire:
         self._write_fd = write_fd
         self._timeout = timeout
         self._until = float("inf")
+        self._read_since = 0.0
         self._tls: Channel | None = None
         self._readable = select.poll()
         self._readable.register(read_fd, select.POLLIN)
@@ -68,9 +69,11 @@ class Wire:
 
     def read(self) -> bytes:
         """The next octets, at least one; raises TimedOut or ConnectionLost."""
-        deadline = self._deadline()
+        begin = self._read_since = time.monotonic()
+        seconds = min(self._timeout, self._until - begin)
         if self._tls is None:
-            return self._receive(deadline - time.monotonic())
+            return self._receive(seconds)
+        deadline = begin + seconds
         while not (data := self._tls.read()):
             if self._tls.ended:
                 raise ConnectionLost(self._tls.ended)
@@ -78,6 +81,10 @@ class Wire:
             self._send(self._tls.pending())
             self._tls.feed(self._receive(deadline - time.monotonic()))
         return data
+
+    def waited(self) -> float:
+        """Seconds since the last read began."""
+        return time.monotonic() - self._read_since
 
     def read_early(self, seconds: float) -> bytes:
         """What comes within so many seconds, or nothing; raises ConnectionLost."""
