@@ -56,7 +56,8 @@ class Settings:
 
     `greeting` is the name in the replies to connect, HELO, EHLO and QUIT; `databytes` the largest
     message in octets, 0 for any; `auth` what SMTPAUTH says; `can_authenticate` whether there is a
-    check program; `force_tls` whether AUTH needs TLS; `force_auth_mail_from` whether who has
+    check program; `force_tls` whether AUTH needs TLS, `require_tls` whether mail needs it, and
+    `disable_tls` whether there is no STARTTLS; `force_auth_mail_from` whether who has
     authenticated may send as nobody else; `hide_host` whether Received leaves out where they are;
     `limits` is what the client may do.
     """
@@ -65,11 +66,13 @@ class Settings:
         "auth",
         "can_authenticate",
         "databytes",
+        "disable_tls",
         "force_auth_mail_from",
         "force_tls",
         "greeting",
         "hide_host",
         "limits",
+        "require_tls",
     )
 
     def __init__(
@@ -79,6 +82,8 @@ class Settings:
         auth: AuthPolicy,
         can_authenticate: bool,
         force_tls: bool,
+        require_tls: bool = False,
+        disable_tls: bool = False,
         force_auth_mail_from: bool = False,
         hide_host: bool = False,
         limits: Limits | None = None,
@@ -88,6 +93,8 @@ class Settings:
         self.auth = auth
         self.can_authenticate = can_authenticate
         self.force_tls = force_tls
+        self.require_tls = require_tls
+        self.disable_tls = disable_tls
         self.force_auth_mail_from = force_auth_mail_from
         self.hide_host = hide_host
         self.limits = limits or Limits()

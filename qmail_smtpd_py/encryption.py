@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import os
 
-from . import log, reply
+from . import certificates, log, reply
+from .certificates import TlsError
 from .wire import ConnectionLost, HandedOver, TimedOut
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from .channel import Channel
     from .connection import Connection
     from .handover import Offer
     from .reply import Reply
     from .settings import Sources
-    from .tls import CachedContexts, Channel, Context
+    from .tls import CachedContexts, Context, Policy
     from .wire import Wire
 
     Log = Callable[[str, Mapping[str, object]], None]
@@ -40,6 +42,7 @@ class Encryption:
         contexts: CachedContexts | None,
         log: Log,
     ) -> None:
+        self._sources = sources
         self._environ = sources.environ
         self._files = sources.files
         self._arguments = arguments
@@ -47,6 +50,7 @@ class Encryption:
         self._contexts = contexts
         self._log = log
         self._ciphers: list[bytes] = []
+        self._minimum: bytes | None = None
         self._offer: Offer | None = None
         self._context: Context | None = None
         self.channel: Channel | None = None
@@ -57,19 +61,18 @@ class Encryption:
             return None
         chosen = self._environ.get(b"TLSCIPHERS")
         self._ciphers = [chosen] if chosen else self._files.list("tlsserverciphers") or []
+        self._minimum = self._sources.line(b"TLSMINVERSION", "tlsminversion")
         try:
-            from . import tls
-
             if self._contexts:
-                self._context = self._contexts.get(self._ciphers, self.asks_for_certificates())
+                self._context = self._contexts.get(self._policy())
             else:
-                tls.check()
+                certificates.check()
         except _NOT_LOADED as error:
             self._log("error", {"why": f"TLS not available: {_why_not_loaded(error)}"})
             return reply.tls_unavailable(b"not available")
-        except tls.TlsError as error:
+        except TlsError as error:
             self._log("error", {"why": f"TLS not available: {error}"})
-            if isinstance(error, tls.Unavailable):
+            if isinstance(error, certificates.Unavailable):
                 return reply.tls_unavailable(error.what, error.reason.encode("ascii", "replace"))
             return reply.tls_unavailable(b"not available")
         return None
@@ -94,23 +97,37 @@ class Encryption:
             raise HandedOver(self._offer.complete())
         try:
             from . import tls
+            from .channel import Channel
 
-            context = self._context or tls.Context(self._ciphers, self.asks_for_certificates())
-            for warning in context.warnings:
-                self._log("error", {"why": warning})
-            self.channel = channel = tls.Channel(context)
-            wire.start_tls(channel)
+            context = self._context or tls.Context(self._policy())
+            self._warn(context.warnings)
+            self.channel = channel = Channel(context)
+            try:
+                wire.start_tls(channel)
+            finally:
+                self._warn(channel.notes.warnings)
         except TimedOut:
             why = "timeout"
         except _NOT_LOADED as error:
             why = _why_not_loaded(error)
-        except (ConnectionLost, tls.TlsError) as error:
+        except (ConnectionLost, TlsError) as error:
             why = str(error)
         else:
             self._log("tls", {"result": "ok", **channel.facts()})
             return channel.cipher().encode()
         self._log("tls", {"result": "failed", "why": why})
         raise ConnectionLost("TLS handshake failed")
+
+    def _warn(self, warnings: Sequence[str]) -> None:
+        for warning in warnings:
+            self._log("error", {"why": warning})
+
+    def _policy(self) -> Policy:
+        """What the administrator wants; tickets are for processes that outlive a connection."""
+        from .tls import Policy
+
+        tickets = self._contexts is not None and self._environ.get(b"TLSTICKETS") != b"0"
+        return Policy(self._ciphers, self._minimum or None, self.asks_for_certificates(), tickets)
 
     def asks_for_certificates(self) -> bool:
         """Whether a client certificate could make a difference."""

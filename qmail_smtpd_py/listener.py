@@ -19,7 +19,7 @@ from .control import CachedControlFiles
 from .effects import ControlError
 from .options import NAME, USAGE, Options, StartError, UsageError
 from .prefork import Place, Pool
-from .smtpd import HOME, Resources, Server, environment
+from .smtpd import HOME, Resources, Server, environment, give_no_tickets
 from .worker import Helper, Service, Worker
 
 _SIGNALS = (
@@ -88,6 +88,8 @@ class Listener:
         """Load what all workers share, as the user that they will be."""
         options = self._options
         environ = environment()
+        if environ.get(b"TLSTICKETS") == b"0":
+            give_no_tickets(environ)
         arguments = [os.fsencode(word) for word in options.arguments]
         resources = Resources(CachedControlFiles(), tls.CachedContexts())
         service = Service(environ, arguments, resources, options.look_ups)

@@ -68,6 +68,7 @@ AUTH_TROUBLE = Reply(454, b"oops, problem with child and I can't auth (#4.3.0)")
 AUTH_TOO_OFTEN = Reply(454, b"too many failed auth attempts, try again later (#4.7.0)")
 
 # STARTTLS (RFC 3207 section 4).
+TLS_REQUIRED = Reply(530, b"Must issue a STARTTLS command first (#5.7.0)")
 READY_FOR_TLS = Reply(220, b"ready for tls")
 STARTTLS_ARGUMENT = Reply(501, b"Syntax error (no parameters allowed) (#5.5.4)")
 

@@ -189,7 +189,7 @@ class Session:
     def _extended_hello(self, argument: bytes) -> Reply:
         self._hello(argument)
         lines = [self._settings.greeting]
-        if self._cipher is None and self._effects.offers_tls():
+        if self._may_start_tls() and self._effects.offers_tls():
             lines.append(b"STARTTLS")
         lines += [b"PIPELINING", b"8BITMIME"]
         if self._settings.auth.mechanisms and not self._auth_needs_tls():
@@ -358,10 +358,18 @@ class Session:
 
     # STARTTLS (RFC 3207)
 
+    def _may_start_tls(self) -> bool:
+        return self._cipher is None and not self._settings.disable_tls
+
+    def _check_tls(self) -> Reply | None:
+        if self._settings.require_tls and self._cipher is None:
+            return self._refuse(reply.TLS_REQUIRED)
+        return None
+
     def _starttls(self, argument: bytes) -> Reply:
         # What stands behind it was said in clear, whatever the answer: it must not count.
         self._unread.discard()
-        if self._cipher is not None:
+        if not self._may_start_tls():
             return reply.UNIMPLEMENTED
         if argument:
             return reply.STARTTLS_ARGUMENT
@@ -460,16 +468,16 @@ _AUTH_CHECKS: tuple[Check, ...] = (
 )
 
 VERBS: dict[bytes, tuple[tuple[Check, ...], Verb]] = {
-    b"HELO": ((), Session._hello),
+    b"HELO": ((Session._check_tls,), Session._hello),
     b"EHLO": ((), Session._extended_hello),
     b"STARTTLS": ((), Session._starttls),
     b"AUTH": (_AUTH_CHECKS, Session._auth),
-    b"MAIL": ((Session._check_authorized,), Session._mail),
-    b"RCPT": ((Session._check_mail,), Session._rcpt),
-    b"DATA": ((Session._check_mail, Session._check_rcpt), Session._data),
-    b"RSET": ((), Session._rset),
-    b"VRFY": ((), Session._vrfy),
-    b"HELP": ((), Session._help),
+    b"MAIL": ((Session._check_tls, Session._check_authorized), Session._mail),
+    b"RCPT": ((Session._check_tls, Session._check_mail), Session._rcpt),
+    b"DATA": ((Session._check_tls, Session._check_mail, Session._check_rcpt), Session._data),
+    b"RSET": ((Session._check_tls,), Session._rset),
+    b"VRFY": ((Session._check_tls,), Session._vrfy),
+    b"HELP": ((Session._check_tls,), Session._help),
     b"NOOP": ((), Session._noop),
     b"QUIT": ((), Session._quit),
 }

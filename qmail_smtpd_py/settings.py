@@ -59,12 +59,15 @@ def settings(sources: Sources, me: bytes | None, can_authenticate: bool) -> Sett
     databytes = files.number("databytes", 0)
     if b"DATABYTES" in environ:
         databytes = number(environ[b"DATABYTES"])
+    require_tls = sources.switch(b"REQUIRETLS")
     return Settings(
         greeting,
         min(databytes, _LARGEST_DATABYTES),
         auth_policy(environ.get(b"SMTPAUTH")),
         can_authenticate,
-        force_tls=environ.get(b"FORCETLS") != b"0",
+        force_tls=require_tls or environ.get(b"FORCETLS") != b"0",
+        require_tls=require_tls,
+        disable_tls=sources.switch(b"DISABLETLS"),
         force_auth_mail_from=sources.switch(b"FORCEAUTHMAILFROM"),
         hide_host=sources.switch(b"HIDE_HOST"),
         limits=Limits(

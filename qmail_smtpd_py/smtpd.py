@@ -378,6 +378,7 @@ def main() -> int:
             from .activation import tcp_environ
 
             environ = tcp_environ(environ, 0)
+        give_no_tickets(environ)
         return serve(0, 1, environ, arguments, Resources(ControlFiles()))
     except (ConnectionLost, TimedOut, KeyboardInterrupt):
         return 1
@@ -403,6 +404,15 @@ def environment() -> dict[bytes, bytes]:
         except OSError:
             pass  # it does no harm
     return environ
+
+
+def give_no_tickets(environ: Mapping[bytes, bytes]) -> None:
+    """Have OpenSSL make no session tickets in this process, unless it has a configuration already;
+    to be called before it is loaded.
+    """
+    if b"OPENSSL_CONF" not in environ:
+        directory, _, _ = __file__.rpartition("/")
+        os.putenv("OPENSSL_CONF", f"{directory}/openssl.cnf")
 
 
 def _tidy_descriptors() -> None:

@@ -1,19 +1,24 @@
-"""TLS: the certificate, what is negotiated, and the channel that a session then runs through.
+"""TLS: what is negotiated, with which certificate, and whom to ask for one.
 
-The only module that imports pyOpenSSL, and it does so late.  Importing it takes far longer than all
-else that the program does, so it happens in two steps: `check` needs the bindings alone, and after
-it 220 can be promised; `Context` needs all of pyOpenSSL, and is made while 220 travels to the
-client and its first message comes back.
+What needs OpenSSL stands in this module, in `certificates` and in `channel`, and all three import
+it late.  Importing it takes far longer than all else that the program does, so it happens in two
+steps: `certificates.check` needs the bindings alone, and after it 220 can be promised; `Context`
+needs all of pyOpenSSL, and is made while 220 travels to the client and its first message comes
+back.
 
 Policy: TLS 1.2 and up, forward secrecy and authenticated encryption, no compression, no
-renegotiation.  Client certificates are asked for in the first handshake and never required: a
-handshake succeeds without one, and with one that does not verify.
+renegotiation; a client that says by ALPN that it speaks another protocol is turned away (RFC 7301).
+Client certificates are asked for in the first handshake and never required: a handshake succeeds
+without one, and with one that does not verify.
 """
 
 from __future__ import annotations
 
 import os
 
+from . import certificates
+from .certificates import BY_NAME, SERVER_CERTIFICATE, TlsError
+from .channel import Channel, note_problem, reason
 from .control import signature
 
 TYPE_CHECKING = False
@@ -21,126 +26,131 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-SERVER_CERTIFICATE = "control/servercert.pem"
 CLIENT_AUTHORITIES = "control/clientca.pem"
 REVOCATIONS = "control/clientcrl.pem"
 DH_PARAMETERS = "control/dh2048.pem"
-_FILES = (SERVER_CERTIFICATE, CLIENT_AUTHORITIES, REVOCATIONS, DH_PARAMETERS)
 
 CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM"
 """The ciphers of TLS 1.2 where nobody chose others; DHE counts where there is dh2048.pem."""
 
-_RECORD = 16384  # octets in a TLS record (RFC 8446 section 5.1)
+_SEPARATORS = b":, ;"  # openssl-ciphers(1)
+_OPERATORS = b"!-+@"  # likewise; a word with one of them adds no cipher
 
 
-class TlsError(Exception):
-    """TLS can not be had; the text says why, in words for an administrator."""
+class Policy:
+    """What handshakes are like, by the administrator's choice.
 
-
-class Unavailable(TlsError):
-    """The same, before the client was told to begin.
-
-    `what` is netqmail's word for it and `reason` a short one: these the client may know.
+    `ciphers` are OpenSSL cipher strings, or none for the default; `minimum` is the oldest version
+    of TLS, "1.2", the default, or "1.3"; `ask_client` tells whether a client certificate is asked
+    for, `resumable` whether clients are given session tickets, which is of use where the context
+    outlives the connection.
     """
 
-    def __init__(self, what: bytes, reason: str, remedy: str = "") -> None:
-        super().__init__(f"{SERVER_CERTIFICATE}: {reason}{remedy}")
-        self.what = what
-        self.reason = reason
+    __slots__ = ("ask_client", "ciphers", "minimum", "resumable")
 
+    def __init__(
+        self,
+        ciphers: Sequence[bytes] = (),
+        minimum: bytes | None = None,
+        ask_client: bool = False,
+        resumable: bool = False,
+    ) -> None:
+        self.ciphers = tuple(ciphers)
+        self.minimum = minimum
+        self.ask_client = ask_client
+        self.resumable = resumable
 
-def check() -> None:
-    """See that servercert.pem has a certificate and its key; raises Unavailable."""
-    text = _read_certificate()
-    if b"-----BEGIN CERTIFICATE-----" not in text:
-        raise Unavailable(_NO_CERTIFICATE, "no certificate in it")
-    if b"PRIVATE KEY-----" not in text:
-        raise Unavailable(_NO_KEY, "no private key in it", "; append the key to the certificate")
-    if b"-----BEGIN ENCRYPTED" in text or b"Proc-Type: 4,ENCRYPTED" in text:
-        raise Unavailable(_NO_KEY, "the private key has a passphrase", "; take it off")
-    _check_pair()
-
-
-_NO_CERTIFICATE = b"missing certificate"
-_NO_KEY = b"no valid private key"
-
-
-def _read_certificate() -> bytes:
-    try:
-        with open(SERVER_CERTIFICATE, "rb") as file:
-            return file.read()
-    except OSError as error:
-        who = f" (uid {os.geteuid()})"
-        raise Unavailable(_NO_CERTIFICATE, str(error.strerror), who) from None
-
-
-def _check_pair() -> None:
-    """Let OpenSSL load certificate and key, by the bindings that pyOpenSSL itself uses."""
-    from cryptography.hazmat.bindings.openssl.binding import Binding
-
-    lib, ffi = Binding.lib, Binding.ffi
-    path = SERVER_CERTIFICATE.encode()
-    context = ffi.gc(lib.SSL_CTX_new(lib.TLS_method()), lib.SSL_CTX_free)
-
-    def reason() -> str:
-        code = lib.ERR_get_error()
-        lib.ERR_clear_error()
-        return ffi.string(lib.ERR_reason_error_string(code)).decode() if code else "unknown error"
-
-    if not lib.SSL_CTX_use_certificate_chain_file(context, path):
-        raise Unavailable(_NO_CERTIFICATE, reason())
-    if not lib.SSL_CTX_use_PrivateKey_file(context, path, lib.SSL_FILETYPE_PEM):
-        raise Unavailable(_NO_KEY, reason(), "; is it the key of the first certificate in it?")
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What is the same for policies that are."""
+        return self.ciphers, self.minimum, self.ask_client, self.resumable
 
 
 class Context:
-    """What handshakes are made with: certificate, ciphers, and whom to ask for a certificate.
+    """What handshakes are made with: a policy, and the certificate in a file.
 
-    `ciphers` are OpenSSL cipher strings, or none for the default; `ask_client` tells whether a
-    client certificate is asked for, `resumable` whether clients are given session tickets, which is
-    of use where the context outlives the connection.  `warnings` lists what was wrong and left out.
+    `warnings` lists what was wrong and left out.  Raises TlsError where nothing could be done with
+    the certificate.
     """
 
-    def __init__(self, ciphers: Sequence[bytes], ask_client: bool, resumable: bool = False) -> None:
+    def __init__(self, policy: Policy, certificate: str = SERVER_CERTIFICATE) -> None:
         from OpenSSL import SSL
 
         self.warnings: list[str] = []
         context = self.ssl = SSL.Context(SSL.TLS_SERVER_METHOD)
-        context.set_min_proto_version(SSL.TLS1_2_VERSION)
         context.set_options(
             SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE
         )
-        if ask_client or not resumable:
+        if policy.ask_client or not policy.resumable:
             # A resumed session does not have its certificate looked at again.
             context.set_options(SSL.OP_NO_TICKET)
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.set_session_id(b"qmail-smtpd")
-        try:
-            context.use_certificate_chain_file(SERVER_CERTIFICATE)
-            context.use_privatekey_file(SERVER_CERTIFICATE)
-        except SSL.Error as error:
-            raise TlsError(f"{SERVER_CERTIFICATE}: {_reason(error)}") from None
-        self._choose_ciphers(ciphers)
+        self._choose_versions(policy.minimum)
+        self._load_certificates(certificate)
+        if policy.ciphers:
+            self._choose_ciphers(policy.ciphers)
+        else:
+            context.set_cipher_list(CIPHERS)
         self._load_dh_parameters()
-        if ask_client:
+        if policy.ask_client:
             self._ask_for_certificate()
+        context.set_alpn_select_callback(_choose_protocol)
+        if certificate == SERVER_CERTIFICATE and os.path.exists(BY_NAME):
+            context.set_tlsext_servername_callback(NamedContexts(policy).choose)
 
-    def _choose_ciphers(self, ciphers: Sequence[bytes]) -> None:
-        """Set the ciphers of TLS 1.2, and those of TLS 1.3 where some are named."""
+    def _choose_versions(self, minimum: bytes | None) -> None:
         from OpenSSL import SSL
 
-        names = [name for text in ciphers for name in text.split(b":") if name]
-        suites = [name for name in names if name.startswith(b"TLS_")]
-        others = [name for name in names if not name.startswith(b"TLS_")]
-        self.ssl.set_cipher_list(CIPHERS)
+        versions = {
+            None: SSL.TLS1_2_VERSION,
+            b"1.2": SSL.TLS1_2_VERSION,
+            b"1.3": SSL.TLS1_3_VERSION,
+        }
+        if minimum not in versions:
+            text = (minimum or b"").decode("latin-1")
+            self.warnings.append(f"tlsminversion: {text}: neither 1.2 nor 1.3; 1.2 is in force")
+            minimum = None
+        self.ssl.set_min_proto_version(versions[minimum])
+
+    def _load_certificates(self, path: str) -> None:
+        """Load the certificate, and that beside it which has a key of another type, if any."""
+        self._load(path)
+        beside = certificates.second(path)
+        if not os.path.exists(beside):
+            return
         try:
-            if others:
-                self.ssl.set_cipher_list(b":".join(others))
-            if suites:
-                self.ssl.set_tls13_ciphersuites(b":".join(suites))
+            certificates.check(beside)
+            if certificates.same_type(path, beside):
+                raise TlsError(f"{beside}: its key is of the same type as that in {path}")
+            self._load(beside)
+        except TlsError as error:
+            self.warnings.append(f"{error}; left out")
+
+    def _load(self, path: str) -> None:
+        from OpenSSL import SSL
+
+        try:
+            self.ssl.use_certificate_chain_file(path)
+            self.ssl.use_privatekey_file(path)
+        except SSL.Error as error:
+            raise TlsError(f"{path}: {reason(error)}") from None
+
+    def _choose_ciphers(self, ciphers: Sequence[bytes]) -> None:
+        """Set the ciphers of TLS 1.2, and those of TLS 1.3, where some are named."""
+        from OpenSSL import SSL
+
+        older, newer, unknown = sort_ciphers(ciphers)
+        self.warnings += [f"no such cipher: {_text(name)}; left out" for name in unknown]
+        if newer:
+            self.ssl.set_tls13_ciphersuites(b":".join(newer))
+        try:
+            if older or not newer:
+                self.ssl.set_cipher_list(b":".join(older))
         except SSL.Error:
-            text = b":".join(names).decode("latin-1")
-            self.warnings.append(f"no such ciphers: {text}; check control/tlsserverciphers")
+            self.ssl.set_cipher_list(CIPHERS)
+            text = _text(b":".join(ciphers))
+            self.warnings.append(f"no ciphers of TLS 1.2 in {text}; the default is in force")
 
     def _load_dh_parameters(self) -> None:
         from OpenSSL import SSL
@@ -149,7 +159,7 @@ class Context:
             try:
                 self.ssl.load_tmp_dh(DH_PARAMETERS)
             except SSL.Error as error:
-                self.warnings.append(f"{DH_PARAMETERS}: {_reason(error)}")
+                self.warnings.append(f"{DH_PARAMETERS}: {reason(error)}")
 
     def _ask_for_certificate(self) -> None:
         """Ask clients for a certificate of one of our authorities."""
@@ -159,7 +169,7 @@ class Context:
             self.ssl.load_verify_locations(CLIENT_AUTHORITIES)
             self.ssl.load_client_ca(CLIENT_AUTHORITIES.encode())
         except SSL.Error as error:
-            self.warnings.append(f"{CLIENT_AUTHORITIES}: {_reason(error)}")
+            self.warnings.append(f"{CLIENT_AUTHORITIES}: {reason(error)}")
             return
         if os.path.exists(REVOCATIONS):
             try:
@@ -168,7 +178,7 @@ class Context:
                 # Who was revoked is not known: nobody's certificate can count.
                 self.warnings.append(f"{REVOCATIONS}: {error}; no client certificate counts")
                 return
-        self.ssl.set_verify(SSL.VERIFY_PEER, _note_problem)
+        self.ssl.set_verify(SSL.VERIFY_PEER, note_problem)
 
     def _load_revocations(self) -> None:
         from cryptography import x509
@@ -187,27 +197,99 @@ class Context:
 
 _END_OF_LIST = b"-----END X509 CRL-----"
 
-_VERIFY_ERRORS = {
-    3: "unable to get certificate CRL",
-    9: "certificate is not yet valid",
-    10: "certificate has expired",
-    12: "CRL has expired",
-    18: "self-signed certificate",
-    19: "self-signed certificate in certificate chain",
-    20: "unable to get local issuer certificate",
-    21: "unable to verify the first certificate",
-    23: "certificate revoked",
-    26: "unsuitable certificate purpose",
-}
-"""What a verify error means (openssl-verification-options(1), X509_STORE_CTX_get_error(3))."""
+
+def sort_ciphers(ciphers: Sequence[bytes]) -> tuple[list[bytes], list[bytes], list[bytes]]:
+    """The words of cipher strings: those of TLS 1.2 and older, those of TLS 1.3, and those that
+    OpenSSL does not know, which it would pass over in silence.
+    """
+    from OpenSSL import SSL
+
+    def is_known(set_ciphers: Any, word: bytes) -> bool:
+        try:
+            set_ciphers(word)
+        except SSL.Error:
+            return False
+        return True
+
+    scratch = SSL.Context(SSL.TLS_SERVER_METHOD)
+    older: list[bytes] = []
+    newer: list[bytes] = []
+    unknown: list[bytes] = []
+    text = b":".join(ciphers).translate(bytes.maketrans(_SEPARATORS, b":" * len(_SEPARATORS)))
+    for word in filter(None, text.split(b":")):
+        if word[0] in _OPERATORS:
+            older.append(word)  # it takes away, or puts in order: no harm if there is none
+        elif word.startswith(b"TLS_") and is_known(scratch.set_tls13_ciphersuites, word):
+            newer.append(word)
+        elif is_known(scratch.set_cipher_list, word):
+            older.append(word)
+        else:
+            unknown.append(word)
+    return older, newer, unknown
 
 
-def _note_problem(connection: Any, certificate: Any, code: int, depth: int, ok: int) -> bool:
-    """Note what is wrong with a client certificate, and let the handshake go on."""
-    if not ok:
-        problem = _VERIFY_ERRORS.get(code, f"certificate verify error {code}")
-        connection.get_app_data().append(problem)
-    return True
+def _choose_protocol(connection: Any, offered: list[bytes]) -> bytes:
+    """The protocol among those that the client names by ALPN (RFC 7301 section 3.2).
+
+    A client that is led here by somebody in between, and believes to speak another protocol with
+    another server of the same certificate, must not get through the handshake.
+    """
+    if b"smtp" in offered:
+        return b"smtp"
+    names = ", ".join(_text(name) for name in offered)
+    raise TlsError(f"no application protocol: the client wants {names}, and this is smtp")
+
+
+def _text(octets: bytes) -> str:
+    return octets.decode("latin-1")
+
+
+class NamedContexts:
+    """The contexts for names that clients ask for (RFC 6066 section 3), kept while their files are
+    the same; at most so many, as memory goes into each.
+    """
+
+    MOST = 100
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._kept: dict[str, tuple[object, Context | None, list[str]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def choose(self, connection: Any) -> None:
+        """Called by OpenSSL in the middle of a handshake: give it the context for the name."""
+        name = connection.get_servername()
+        context = self.get(name, connection.get_app_data().warnings) if name else None
+        if context is not None:
+            connection.set_context(context.ssl)
+
+    def get(self, name: bytes, warnings: list[str]) -> Context | None:
+        """The context for a name, or None where the default has to do; `warnings` is added to."""
+        for path in certificates.named(name):
+            seen = signature(path), signature(certificates.second(path))
+            if seen[0] is not None:
+                if path not in self._kept or self._kept[path][0] != seen:
+                    self._keep(path, seen)
+                _, context, wrong = self._kept[path]
+                warnings += wrong
+                return context
+        return None
+
+    def _keep(self, path: str, seen: object) -> None:
+        context = None
+        try:
+            certificates.check(path)
+            context = Context(self._policy, path)
+            # What the policy has that is wrong was told of the default already.
+            wrong = [text for text in context.warnings if text.startswith(BY_NAME)]
+        except TlsError as error:
+            wrong = [f"{error}; the default is served"]
+        self._kept.pop(path, None)
+        if len(self._kept) >= self.MOST:
+            del self._kept[next(iter(self._kept))]  # the oldest
+        self._kept[path] = seen, context, wrong
 
 
 class CachedContexts:
@@ -216,130 +298,22 @@ class CachedContexts:
     def __init__(self) -> None:
         self._contexts: dict[tuple[object, ...], tuple[object, Context]] = {}
 
-    def get(self, ciphers: Sequence[bytes], ask_client: bool) -> Context:
+    def get(self, policy: Policy) -> Context:
         """The context; raises TlsError."""
-        seen = [signature(path) for path in _FILES]
-        key = (*ciphers, ask_client)
-        cached = self._contexts.get(key)
+        seen = [signature(path) for path in (_ASKING_FILES if policy.ask_client else _FILES)]
+        cached = self._contexts.get(policy.key)
         if cached is not None and cached[0] == seen:
             return cached[1]
-        check()
-        context = Context(ciphers, ask_client, resumable=True)
+        certificates.check()
+        context = Context(policy)
         _rehearse(context)
-        self._contexts[key] = seen, context
+        self._contexts[policy.key] = seen, context
         return context
 
 
-class Channel:
-    """One connection's TLS, on octets in memory.
-
-    `ended` is empty until the peer ended TLS or broke it, and then says how.
-    """
-
-    def __init__(self, context: Context) -> None:
-        from OpenSSL import SSL
-
-        self._errors = SSL
-        self._connection = SSL.Connection(context.ssl, None)
-        self._problems: list[str] = []  # of the client certificate
-        self._connection.set_app_data(self._problems)
-        self._connection.set_accept_state()
-        self._up = False
-        self.ended = ""
-
-    def feed(self, data: bytes) -> None:
-        """Take in what came from the peer."""
-        self._connection.bio_write(data)
-
-    def pending(self) -> bytes:
-        """What is to be sent to the peer."""
-        pieces = []
-        try:
-            while True:
-                pieces.append(self._connection.bio_read(65536))
-        except self._errors.WantReadError:
-            return b"".join(pieces)
-
-    def handshake(self) -> bool:
-        """Go on with the handshake: True when it is complete; raises TlsError."""
-        try:
-            self._connection.do_handshake()
-        except self._errors.WantReadError:
-            return False
-        except self._errors.Error as error:
-            raise TlsError(_reason(error)) from None
-        self._up = True
-        return True
-
-    def read(self) -> bytes:
-        """What the peer said, as far as it has come; empty where more is to be fed, or it ended."""
-        pieces = []
-        try:
-            while True:
-                pieces.append(self._connection.recv(_RECORD))
-        except self._errors.WantReadError:
-            pass
-        except self._errors.ZeroReturnError:
-            self.ended = "hung up"
-        except self._errors.Error as error:
-            self.ended = f"TLS: {_reason(error)}"
-        return b"".join(pieces)
-
-    def write(self, data: bytes) -> bytes:
-        """The data, encrypted."""
-        self._connection.sendall(data)
-        return self.pending()
-
-    def close(self) -> bytes:
-        """The words that end TLS, if it was on."""
-        if self._up:
-            try:
-                self._connection.shutdown()
-            except self._errors.Error:
-                pass  # broken already
-        return self.pending()
-
-    def cipher(self) -> str:
-        """The name of the cipher, as OpenSSL has it."""
-        return self._connection.get_cipher_name() or "unknown"
-
-    def facts(self) -> dict[str, object]:
-        """What was negotiated, for the log."""
-        address, problem = self._client_certificate()
-        return {
-            "version": self._connection.get_protocol_version_name(),
-            "cipher": self.cipher(),
-            "bits": self._connection.get_cipher_bits(),
-            "cert": address or problem or "none",
-        }
-
-    def certified_address(self, clients: Sequence[bytes]) -> tuple[bytes | None, bytes]:
-        """The address that the client's certificate vouches for, if it is one of the clients, given
-        in lower case; otherwise None and, where there is a certificate, what is wrong with it.
-        """
-        address, problem = self._client_certificate()
-        if address is not None and address.encode().lower() in clients:
-            return address.encode(), b""
-        if address is not None:
-            problem = "email address not in my list of tlsclients"
-        return None, problem.encode()
-
-    def _client_certificate(self) -> tuple[str | None, str]:
-        """The e-mail address in the subject of a certificate that verifies, or None and why not."""
-        certificate = self._connection.get_peer_certificate()
-        if certificate is None:
-            return None, ""
-        if self._problems:
-            return None, self._problems[0]
-        from cryptography.x509.oid import NameOID
-
-        try:
-            subject = certificate.to_cryptography().subject
-        except ValueError:
-            return None, "malformed"
-        for attribute in subject.get_attributes_for_oid(NameOID.EMAIL_ADDRESS):
-            return str(attribute.value), ""
-        return None, "contains no email address"
+_FILES = (SERVER_CERTIFICATE, certificates.second(SERVER_CERTIFICATE), DH_PARAMETERS, BY_NAME)
+_ASKING_FILES = (*_FILES, CLIENT_AUTHORITIES, REVOCATIONS)
+"""What a context is made of: files, and a directory, which changes when the first name is there."""
 
 
 def _rehearse(context: Context) -> None:
@@ -363,9 +337,3 @@ def _rehearse(context: Context) -> None:
             client.bio_write(server.pending())
     except (SSL.Error, TlsError):
         pass  # ciphers that our own client does not have, perhaps: others may
-
-
-def _reason(error: Exception) -> str:
-    """OpenSSL's words for an error of pyOpenSSL."""
-    reasons = [entry[-1] for entry in (error.args[0] if error.args else []) if entry]
-    return "; ".join(filter(None, reasons)) or "connection ended"

@@ -12,7 +12,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .tls import Channel
+    from .channel import Channel
 
 PIECE = 65536
 """Octets that are read at most at a time."""

@@ -198,8 +198,9 @@ def _source(directory: Path) -> Path:
         shutil.copy(CHECKOUT / name, directory)
     package = "qmail_smtpd_py"
     (directory / package).mkdir()
-    for path in (CHECKOUT / package).glob("*.py"):
-        shutil.copy(path, directory / package)
+    for path in (CHECKOUT / package).iterdir():
+        if path.suffix in (".py", ".cnf"):
+            shutil.copy(path, directory / package)
     return directory
 
 

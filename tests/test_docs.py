@@ -196,7 +196,8 @@ def test_replies_are_in_the_manual_page() -> None:
 def test_log_events_and_fields_are_described() -> None:
     described = (ROOT / "docs/log.md").read_text()
     keys, events = set(), set()
-    for module in ("conduct", "session", "smtpd", "encryption", "tls", "transaction", "transcript"):
+    modules = ("conduct", "session", "smtpd", "encryption", "channel", "transaction", "transcript")
+    for module in modules:
         for node in ast.walk(tree(module)):
             if isinstance(node, ast.Dict):
                 keys |= {key.value for key in node.keys if isinstance(key, ast.Constant)}

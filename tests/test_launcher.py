@@ -23,8 +23,7 @@ from qmail_smtpd_py.launcher import PROGRAMS, TOOLS
 PACKAGE = ROOT / "qmail_smtpd_py"
 SKIP = len(importlib.util.MAGIC_NUMBER)
 
-OS = {"os", "posixpath", "genericpath", "stat", "_stat", "_collections_abc"}
-PLAIN = {"select", *OS}
+PLAIN = {"select"}
 """What connect, EHLO, QUIT imports beyond what every interpreter has."""
 
 

@@ -12,6 +12,7 @@ from conformance.cases import FIXTURES
 from conformance.stage import Stage
 from e2e.programs import need
 from listener.listening import ADDRESS, PATIENCE, Listening, eventually
+from listener.mail import quit_, send_message
 from listener.peers import compile_rules
 from listener.world import address
 
@@ -69,6 +70,24 @@ def test_by_another_worker(mx: Stage, tmp_path: Path, version: str) -> None:
         assert client.resumes()
         assert client.connect()[0], "a second time"
         assert len({worker for worker, _ in listener.ends(3)}) == 3
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_not_where_there_are_no_tickets(mx: Stage, tmp_path: Path, version: str) -> None:
+    mx.environment({"TLSTICKETS": "0"})
+    with Listening(mx, "-c", "1") as listener:
+        OpenSSL(listener, version, tmp_path).connect()
+        assert not (tmp_path / "session").exists()
+
+
+def test_variables_of_the_library_reach_no_child(mx: Stage) -> None:
+    mx.environment({"TLSTICKETS": "0"})
+    with Listening(mx, "-c", "1") as listener:
+        client = listener.greeted()
+        send_message(client)
+        quit_(client)
+    (delivery,) = mx.deliveries()
+    assert "OPENSSL_CONF" not in delivery.environ
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -11,6 +11,7 @@ import pytest
 SSL = pytest.importorskip("OpenSSL.SSL")
 
 from qmail_smtpd_py import tls  # noqa: E402
+from qmail_smtpd_py.channel import Channel  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "conformance" / "fixtures"
 CLIENTS = [b"alice@clients.example", b"dave@clients.example"]
@@ -45,7 +46,7 @@ def home(tmp_path, monkeypatch):
 
 def certified(certificate: str) -> bytes | None:
     """The address that a client with the certificate is known by after a handshake."""
-    channel = tls.Channel(tls.Context([], ask_client=True))
+    channel = Channel(tls.Context(tls.Policy(ask_client=True)))
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.use_certificate_chain_file(os.fspath(FIXTURES / certificate))
     context.use_privatekey_file(os.fspath(FIXTURES / certificate))
@@ -75,7 +76,7 @@ def test_with_a_list_that_is_none_nobody_counts_and_the_log_says_so(home, text):
     (home / "control" / "clientcrl.pem").write_bytes(text)
     assert certified("client-revoked.pem") is None
     assert certified("client-alice.pem") is None
-    (warning,) = tls.Context([], ask_client=True).warnings
+    (warning,) = tls.Context(tls.Policy(ask_client=True)).warnings
     assert warning.startswith("control/clientcrl.pem: ")
 
 

@@ -40,6 +40,12 @@ class Client:
         """The cipher in use, None in clear."""
         return self._tls.cipher if self._tls else None
 
+    @property
+    def certificate(self) -> bytes:
+        """The server's certificate, in DER; there is TLS."""
+        assert self._tls
+        return self._tls.certificate
+
     # Octets
 
     def send(self, *writes: bytes) -> None:
@@ -213,6 +219,10 @@ class Tls:
         chosen = self._tls.cipher()
         assert chosen
         return chosen[0]
+
+    @property
+    def certificate(self) -> bytes:
+        return self._tls.getpeercert(binary_form=True)
 
     def feed(self, data: bytes) -> None:
         self._in.write(data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from qmail_smtpd_py import log, qmail_queue, reply, tls
+from qmail_smtpd_py import channel, log, qmail_queue, reply
 from qmail_smtpd_py.checkpassword import fields
 from qmail_smtpd_py.control import ControlFiles
 from qmail_smtpd_py.effects import Delivery, Identity
@@ -72,7 +72,7 @@ class PlannedDelivery(Delivery):
             self._records.append(Record([], self._environ, {}, read))
 
 
-class PlannedChannel(tls.Channel):
+class PlannedChannel(channel.Channel):
     """TLS with what is known of the client's certificate."""
 
     def __init__(self, address: str | None, problem: str) -> None:

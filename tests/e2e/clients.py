@@ -10,6 +10,7 @@ import functools
 import glob
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,17 @@ def s_client(service, *options, starttls=True):
     how = ["-starttls", "smtp", "-name", HELO] if starttls else []
     connect = ["-connect", f"{ADDRESS}:{service.port}", "-crlf"]
     return Conversation([program, "s_client", *how, *connect, *options])
+
+
+def handshake(service, *options, **how):
+    """What s_client says of one handshake, and the cipher that was chosen, or None."""
+    with s_client(service, "-ign_eof", *options, **how) as client:
+        client.type("QUIT")
+        client.end()
+    chosen = re.search(rb"^New, .*Cipher is (\(NONE\)|[\w-]+)", client.printed, re.MULTILINE)
+    assert chosen, client.printed
+    cipher = chosen[1].decode()
+    return client.printed.decode(), None if cipher == "(NONE)" else cipher
 
 
 def netcat(service):

@@ -1,0 +1,155 @@
+"""The server's certificates: in which files they are, and whether a file can be used.
+
+    control/servercert.pem                     what every client gets
+    control/servercerts/NAME/servercert.pem    what those get who ask for NAME (RFC 6066 section 3)
+    control/servercerts/*.PARENT/...           the same for every name one label below PARENT
+
+Each has a private key, its certificate, and behind that the certificates of its issuers.  Beside
+each there may be a second file, servercert-ecdsa.pem, with a key of another type: each client gets
+the one that it can use.
+
+Only the bindings that pyOpenSSL is made of are imported here, and they late.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SERVER_CERTIFICATE = "control/servercert.pem"
+BY_NAME = "control/servercerts"
+
+_LONGEST_NAME, _LONGEST_LABEL = 253, 63  # octets (RFC 1035 section 2.3.4, without the root's)
+_IN_NAMES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-.")
+
+_NO_CERTIFICATE = b"missing certificate"
+_NO_KEY = b"no valid private key"
+
+
+class TlsError(Exception):
+    """TLS can not be had; the text says why, in words for an administrator."""
+
+
+class Unavailable(TlsError):
+    """A certificate can not be used.
+
+    `what` is netqmail's word for it and `reason` a short one: these a client may know.
+    """
+
+    def __init__(self, path: str, what: bytes, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{path}: {reason}{remedy}")
+        self.what = what
+        self.reason = reason
+
+
+def second(path: str) -> str:
+    """The file beside that of a certificate that may have one with a key of another type."""
+    return path[: -len(".pem")] + "-ecdsa.pem"
+
+
+def named(name: bytes) -> Iterator[str]:
+    """The files that may have the certificate for a name that a client asks for, the best first.
+
+    A name that is no host name has none: no octet of it that could lead elsewhere gets into a path.
+    """
+    name = name.lower()
+    labels = name.split(b".")
+    if len(name) > _LONGEST_NAME or not _IN_NAMES.issuperset(name):
+        return
+    if not all(0 < len(label) <= _LONGEST_LABEL for label in labels):
+        return
+    yield f"{BY_NAME}/{name.decode()}/servercert.pem"
+    if len(labels) > 1:
+        yield f"{BY_NAME}/*.{b'.'.join(labels[1:]).decode()}/servercert.pem"
+
+
+def check(path: str = SERVER_CERTIFICATE) -> None:
+    """See that a file has a certificate and its key; raises Unavailable."""
+    text = _read(path)
+    if b"-----BEGIN CERTIFICATE-----" not in text:
+        raise Unavailable(path, _NO_CERTIFICATE, "no certificate in it")
+    if b"PRIVATE KEY-----" not in text:
+        remedy = "; append the key to the certificate"
+        raise Unavailable(path, _NO_KEY, "no private key in it", remedy)
+    if b"-----BEGIN ENCRYPTED" in text or b"Proc-Type: 4,ENCRYPTED" in text:
+        raise Unavailable(path, _NO_KEY, "the private key has a passphrase", "; take it off")
+    _check_pair(path, text)
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        who = f" (uid {os.geteuid()})"
+        raise Unavailable(path, _NO_CERTIFICATE, str(error.strerror), who) from None
+
+
+def _check_pair(path: str, text: bytes) -> None:
+    """Let OpenSSL load certificate and key, by the bindings that pyOpenSSL itself uses."""
+    from cryptography.hazmat.bindings.openssl.binding import Binding
+
+    lib, ffi = Binding.lib, Binding.ffi
+    context = ffi.gc(lib.SSL_CTX_new(lib.TLS_method()), lib.SSL_CTX_free)
+
+    def reason() -> str:
+        code = lib.ERR_get_error()
+        lib.ERR_clear_error()
+        return ffi.string(lib.ERR_reason_error_string(code)).decode() if code else "unknown error"
+
+    if not lib.SSL_CTX_use_certificate_chain_file(context, path.encode()):
+        raise Unavailable(path, _NO_CERTIFICATE, reason())
+    if not lib.SSL_CTX_use_PrivateKey_file(context, path.encode(), lib.SSL_FILETYPE_PEM):
+        raise Unavailable(path, _NO_KEY, reason(), _why_no_pair(text))
+    # A key of another type than the certificate's has a place of its own, and is no error so far.
+    if not lib.SSL_CTX_check_private_key(context):
+        lib.ERR_clear_error()
+        raise Unavailable(path, _NO_KEY, "key type mismatch", _why_no_pair(text))
+
+
+def _why_no_pair(text: bytes) -> str:
+    """What to do about a key that is not that of the first certificate."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(_private_key(text), None).public_key()
+        for place, certificate in enumerate(x509.load_pem_x509_certificates(text), 1):
+            if certificate.public_key() == key:
+                return f"; the key is that of certificate {place} in it, which has to be the first"
+    except ValueError:
+        return "; a certificate or the key is damaged"
+    return "; the key is that of no certificate in it"
+
+
+def _private_key(text: bytes) -> bytes:
+    """The private key in a file (RFC 7468), of which there is one."""
+    before, label, behind = text.partition(b"PRIVATE KEY-----")
+    begin = before[before.rindex(b"-----BEGIN ") :]
+    return begin + label + behind.partition(label)[0] + label
+
+
+def chain_problems(text: bytes) -> list[str]:
+    """What is wrong with the order of the certificates in a file; empty where each one is followed
+    by that of its issuer.  Many clients put them in order themselves, and some do not.
+    """
+    from cryptography import x509
+
+    chain = x509.load_pem_x509_certificates(text)
+    return [
+        f"certificate {place} in it is not that of the issuer of the one before it"
+        for place, (one, issuer) in enumerate(zip(chain, chain[1:]), 2)
+        if one.issuer != issuer.subject
+    ]
+
+
+def same_type(path: str, other: str) -> bool:
+    """Whether two files that can be used have keys of one type: OpenSSL keeps one of each type."""
+    from cryptography import x509
+
+    texts = _read(path), _read(other)
+    first, second = (x509.load_pem_x509_certificate(text).public_key() for text in texts)
+    return type(first) is type(second)

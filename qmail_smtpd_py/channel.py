@@ -1,0 +1,169 @@
+"""A connection's TLS: from octets in memory to octets in memory, and what is known of its peer."""
+
+from __future__ import annotations
+
+from .certificates import TlsError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from .tls import Context
+
+_RECORD = 16384  # octets in a TLS record (RFC 8446 section 5.1)
+
+
+class Notes:
+    """What OpenSSL's callbacks leave for the end of the handshake.
+
+    `problems` are those of the client's certificate, `warnings` are for the administrator.
+    """
+
+    __slots__ = ("problems", "warnings")
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+
+class Channel:
+    """One connection's TLS, on octets in memory.
+
+    `ended` is empty until the peer ended TLS or broke it, and then says how; `notes` are complete
+    when the handshake is.
+    """
+
+    def __init__(self, context: Context) -> None:
+        from OpenSSL import SSL
+
+        self._errors = SSL
+        self._connection = SSL.Connection(context.ssl, None)
+        self.notes = Notes()
+        self._connection.set_app_data(self.notes)
+        self._connection.set_accept_state()
+        self._up = False
+        self.ended = ""
+
+    def feed(self, data: bytes) -> None:
+        """Take in what came from the peer."""
+        self._connection.bio_write(data)
+
+    def pending(self) -> bytes:
+        """What is to be sent to the peer."""
+        pieces = []
+        try:
+            while True:
+                pieces.append(self._connection.bio_read(65536))
+        except self._errors.WantReadError:
+            return b"".join(pieces)
+
+    def handshake(self) -> bool:
+        """Go on with the handshake: True when it is complete; raises TlsError."""
+        try:
+            self._connection.do_handshake()
+        except self._errors.WantReadError:
+            return False
+        except self._errors.Error as error:
+            raise TlsError(reason(error)) from None
+        self._up = True
+        return True
+
+    def read(self) -> bytes:
+        """What the peer said, as far as it has come; empty where more is to be fed, or it ended."""
+        pieces = []
+        try:
+            while True:
+                pieces.append(self._connection.recv(_RECORD))
+        except self._errors.WantReadError:
+            pass
+        except self._errors.ZeroReturnError:
+            self.ended = "hung up"
+        except self._errors.Error as error:
+            self.ended = f"TLS: {reason(error)}"
+        return b"".join(pieces)
+
+    def write(self, data: bytes) -> bytes:
+        """The data, encrypted."""
+        self._connection.sendall(data)
+        return self.pending()
+
+    def close(self) -> bytes:
+        """The words that end TLS, if it was on."""
+        if self._up:
+            try:
+                self._connection.shutdown()
+            except self._errors.Error:
+                pass  # broken already
+        return self.pending()
+
+    def cipher(self) -> str:
+        """The name of the cipher, as OpenSSL has it."""
+        return self._connection.get_cipher_name() or "unknown"
+
+    def facts(self) -> dict[str, object]:
+        """What was negotiated, for the log."""
+        address, problem = self._client_certificate()
+        return {
+            "version": self._connection.get_protocol_version_name(),
+            "cipher": self.cipher(),
+            "bits": self._connection.get_cipher_bits(),
+            "cert": address or problem or "none",
+        }
+
+    def certified_address(self, clients: Sequence[bytes]) -> tuple[bytes | None, bytes]:
+        """The address that the client's certificate vouches for, if it is one of the clients, given
+        in lower case; otherwise None and, where there is a certificate, what is wrong with it.
+        """
+        address, problem = self._client_certificate()
+        if address is not None and address.encode().lower() in clients:
+            return address.encode(), b""
+        if address is not None:
+            problem = "email address not in my list of tlsclients"
+        return None, problem.encode()
+
+    def _client_certificate(self) -> tuple[str | None, str]:
+        """The e-mail address in the subject of a certificate that verifies, or None and why not."""
+        certificate = self._connection.get_peer_certificate()
+        if certificate is None:
+            return None, ""
+        if self.notes.problems:
+            return None, self.notes.problems[0]
+        from cryptography.x509.oid import NameOID
+
+        try:
+            subject = certificate.to_cryptography().subject
+        except ValueError:
+            return None, "malformed"
+        for attribute in subject.get_attributes_for_oid(NameOID.EMAIL_ADDRESS):
+            return str(attribute.value), ""
+        return None, "contains no email address"
+
+
+_VERIFY_ERRORS = {
+    3: "unable to get certificate CRL",
+    9: "certificate is not yet valid",
+    10: "certificate has expired",
+    12: "CRL has expired",
+    18: "self-signed certificate",
+    19: "self-signed certificate in certificate chain",
+    20: "unable to get local issuer certificate",
+    21: "unable to verify the first certificate",
+    23: "certificate revoked",
+    26: "unsuitable certificate purpose",
+}
+"""What a verify error means (openssl-verification-options(1), X509_STORE_CTX_get_error(3))."""
+
+
+def note_problem(connection: Any, certificate: Any, code: int, depth: int, ok: int) -> bool:
+    """Note what is wrong with a client certificate, and let the handshake go on."""
+    if not ok:
+        problem = _VERIFY_ERRORS.get(code, f"certificate verify error {code}")
+        connection.get_app_data().problems.append(problem)
+    return True
+
+
+def reason(error: Exception) -> str:
+    """OpenSSL's words for an error of pyOpenSSL."""
+    reasons = [entry[-1] for entry in (error.args[0] if error.args else []) if entry]
+    return "; ".join(filter(None, reasons)) or "connection ended"

@@ -1,0 +1,106 @@
+"""Certificates in a process that serves many connections: renewed ones count for the next one."""
+
+from __future__ import annotations
+
+import ssl
+
+import pytest
+from conformance.stage import Stage
+from cryptography import x509
+from e2e.certificates import Certificate
+from listener.listening import Listening
+from listener.mail import quit_
+
+pytestmark = pytest.mark.tls
+pytest_plugins = ["listener.fixtures"]
+
+NAMED = "mail.example.net"
+
+
+def put(stage: Stage, path: str, made: Certificate) -> None:
+    """Put a certificate in its place as a renewal does, in one step."""
+    place = stage.home / "control" / path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    new = place.with_suffix(".new")
+    new.write_bytes(made.key_pem + made.chain)
+    new.replace(place)
+
+
+def subject(listener: Listening, name: str | None = None, ciphers: str = "ALL") -> str:
+    """The common name in the certificate that a client gets."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(ciphers)
+    client = listener.greeted()
+    assert client.command(b"STARTTLS") == "220 ready for tls"
+    assert client.handshake(context, name) == "ok"
+    der = client.certificate
+    quit_(client)
+    return x509.load_der_x509_certificate(der).subject.rfc4514_string()[3:]
+
+
+def test_each_file_counts_from_the_next_connection_on(mx: Stage) -> None:
+    """Also those that were not there before; in one worker, which keeps its contexts."""
+    with Listening(mx, "-c", "1") as listener:
+        before = subject(listener)
+        put(mx, "servercert.pem", Certificate("renewed", "RSA-2048"))
+        assert before != subject(listener) == "renewed"
+        assert subject(listener, ciphers="ECDHE-RSA-AES128-GCM-SHA256") == "renewed"
+
+        put(mx, "servercert-ecdsa.pem", Certificate("another type"))
+        assert subject(listener, ciphers="ECDHE-ECDSA-AES128-GCM-SHA256") == "another type"
+        assert subject(listener, ciphers="ECDHE-RSA-AES128-GCM-SHA256") == "renewed"
+
+        assert subject(listener, NAMED) == "another type"
+        put(mx, f"servercerts/{NAMED}/servercert.pem", Certificate("by name"))
+        assert subject(listener, NAMED) == "by name"
+        put(mx, f"servercerts/{NAMED}/servercert.pem", Certificate("by name anew"))
+        assert subject(listener, NAMED) == "by name anew"
+        assert subject(listener, "mail.example.com") == "another type"
+
+        put(mx, "servercerts/*.example.com/servercert.pem", Certificate("wildcard"))
+        assert subject(listener, "mail.example.com") == "wildcard"
+        put(mx, "servercerts/mail.example.com/servercert.pem", Certificate("exact"))
+        assert subject(listener, "mail.example.com") == "exact"
+        (mx.home / "control/servercerts/mail.example.com/servercert.pem").unlink()
+        assert subject(listener, "mail.example.com") == "wildcard"
+        assert len({worker for worker, _ in listener.ends(12)}) == 1
+
+
+def test_a_broken_one_is_told_each_time_until_it_is_mended(mx: Stage) -> None:
+    path = f"servercerts/{NAMED}/servercert.pem"
+    put(mx, "servercert.pem", Certificate("default"))
+    put(mx, path, Certificate("by name"))
+    (mx.home / "control" / path).write_bytes(b"garbage")
+    with Listening(mx, "-c", "1") as listener:
+        assert [subject(listener, NAMED) for _ in range(2)] == ["default", "default"]
+        told = f"control/{path}: no certificate in it; the default is served"
+        assert listener.log.text().count(told) == 2
+        put(mx, path, Certificate("mended"))
+        assert subject(listener, NAMED) == "mended"
+        assert listener.log.text().count(told) == 2
+
+
+def test_memory_for_names_is_bounded(mx: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As contexts, and as files that are broken; what fell out is made anew."""
+    from qmail_smtpd_py.tls import NamedContexts, Policy
+
+    monkeypatch.setattr(NamedContexts, "MOST", 3)
+    monkeypatch.chdir(mx.home)
+    made = Certificate("by name")
+    names = [f"mail{number}.example.net" for number in range(5)]
+    for name in names:
+        put(mx, f"servercerts/{name}/servercert.pem", made)
+    (mx.home / "control/servercerts" / names[4] / "servercert.pem").write_bytes(b"garbage")
+    contexts = NamedContexts(Policy())
+    warnings: list[str] = []
+    first = [contexts.get(name.encode(), warnings) for name in names]
+    assert [context is None for context in first] == [False] * 4 + [True]
+    assert len(contexts) == 3
+    assert contexts.get(names[3].encode(), warnings) is first[3]
+    assert contexts.get(names[0].encode(), warnings) is not first[0]
+    assert contexts.get(b"x.example.com", warnings) is None
+    assert len(contexts) == 3
+    assert len(warnings) == 1
