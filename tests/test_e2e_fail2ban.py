@@ -20,6 +20,7 @@ from conformance.program import ROOT, Program
 from conformance.stage import Stage
 from conformance.world import base64
 from e2e.programs import need
+from listener.listening import eventually
 
 FILTER = ROOT / "fail2ban" / "filter.d" / "qmail-smtpd.conf"
 JAIL = ROOT / "fail2ban" / "jail.d" / "qmail-smtpd.conf"
@@ -218,22 +219,47 @@ def test_what_the_units_are_called_in_the_journal() -> None:
     assert units
 
 
-def test_fail2ban_takes_the_jail(tmp_path: Path) -> None:
-    (client,) = need("fail2ban-client")
-    config = tmp_path / "fail2ban"
+@pytest.fixture
+def jail(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A running fail2ban with the jail: the directory of the log, and a file that bans go to."""
+    server, client = need("fail2ban-server", "fail2ban-client")
+    config, log, bans = tmp_path / "fail2ban", tmp_path / "log", tmp_path / "bans"
+    log.mkdir()
+    (log / "current").touch()
+    bans.touch()
     shutil.copytree("/etc/fail2ban", config)
     for path in (config / "jail.d").iterdir():
         path.unlink()
-    log = tmp_path / "current"
-    log.write_bytes(STAMP + LINE + b"\n")
-    jail = re.sub(r"/var/log/\S+/current$", str(log), JAIL.read_text(), flags=re.M)
-    assert jail.count(str(log)) == 3
-    (config / "jail.d" / JAIL.name).write_text(jail)
     shutil.copy(FILTER, config / "filter.d")
-    command = [client, "-c", str(config), "-s", str(tmp_path / "socket"), "-d"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-    assert "['add', 'qmail-smtpd', 'polling']" in done.stdout
-    assert "smtp,submission,submissions" in done.stdout
-    assert "code=535 why=" in done.stdout
-    tested = subprocess.run([*command[:-1], "-t"], check=False, capture_output=True, text=True)
-    assert tested.returncode == 0, tested.stdout + tested.stderr
+    text, places = re.subn(r"/var/log/\S+/current$", f"{log}/current", JAIL.read_text(), flags=re.M)
+    assert places == 3
+    (config / "jail.d" / JAIL.name).write_text(text)
+    (config / "jail.local").write_text("[qmail-smtpd]\naction = note\n")
+    note = f"[Definition]\nactionban = echo <ip> >> {bans}\nactionunban = true\n"
+    (config / "action.d" / "note.conf").write_text(note)
+    settings = f"[Definition]\ndbfile = None\nlogtarget = {tmp_path}/fail2ban.log\n"
+    (config / "fail2ban.local").write_text(settings)
+    where = ["-c", str(config), "-s", str(tmp_path / "socket"), "-p", str(tmp_path / "pid")]
+    subprocess.run([client, *where, "-t"], check=True, stdout=subprocess.DEVNULL)
+    with subprocess.Popen([server, *where, "-f", "start"], stdout=subprocess.DEVNULL) as running:
+        try:
+            ping = [client, *where, "-q", "ping"]
+            eventually(lambda: subprocess.call(ping, stderr=subprocess.DEVNULL) == 0, "it is there")
+            yield log, bans
+        finally:
+            running.terminate()
+
+
+def test_a_ban(jail: tuple[Path, Path], sessions: Sessions) -> None:
+    """fail2ban itself: five lines are a ban, by the jail's maxretry; four are none."""
+    log, bans = jail
+    lines = [line for line in sessions.log.splitlines(keepends=True) if b"not SMTP: HTTP" in line]
+    (http,) = lines
+    found = re.search(rb"ip=(\S+)", http)
+    assert found
+    others = http.replace(found[1], b"198.51.100.200")
+    text = others * 4 + sessions.log.replace(http, b"") + http * 5
+    (multilog,) = need("multilog")
+    subprocess.run([multilog, "t", "s1000000", str(log)], input=text, check=True)
+    eventually(lambda: bans.read_bytes().endswith(b"\n"), "somebody is banned")
+    assert bans.read_bytes().split() == [found[1]]
