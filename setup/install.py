@@ -10,6 +10,7 @@ PREFIX is a directory of our own, such as /usr/local/qmail-smtpd-py:
     run/          service directories for daemontools, to be copied
     systemd/      units for systemd, to be copied
     fail2ban/     a filter and a jail for fail2ban, to be copied
+    hooks/        deploy hooks for certbot and acme.sh
     venv/1, 2 ..  a virtual environment for each installation, with the code that launchers run
     installed     the files of all these, with the SHA-256 of each; not those of venv
 
@@ -36,7 +37,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_PREFIX = "/usr/local/qmail-smtpd-py"
 """What the files that are to be copied have for PREFIX."""
 
-SERVICES = ("run/", "systemd/", "fail2ban/")
+SERVICES = ("run/", "systemd/", "fail2ban/", "hooks/")
 """Where the files are that administrators copy and change."""
 
 PAGES = sorted(CHECKOUT.glob("man/*.8"))
@@ -124,12 +125,12 @@ def install(prefix: Path, destdir: str) -> None:
     launchers = _fill(environment)
     files = {**_pages(), **_services(prefix), **_programs(launchers, destdir)}
     for name, content in files.items():
-        executable = name.startswith("bin/") or name.endswith("/run")
+        executable = name.startswith(("bin/", "hooks/")) or name.endswith("/run")
         installed.put(name, content, 0o755 if executable else 0o644)
     installed.remove(before - set(files))
     for old in _environments(target / "venv")[:-2]:
         shutil.rmtree(old)
-    print(f"installed in {prefix}: bin/qmail-smtpd, man, run, systemd, fail2ban")
+    print(f"installed in {prefix}: bin/qmail-smtpd, man, run, systemd, fail2ban, hooks")
     for path in _closed_to_others(target):
         print(f"note: other users can not run the programs, as {path} is closed to them")
 

@@ -28,7 +28,7 @@ INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 PROGRAMS = {path.stem for path in ROOT.glob("man/*.8")}
 SERVICES = {
     str(path.relative_to(ROOT))
-    for directory in ("run", "systemd", "fail2ban")
+    for directory in ("run", "systemd", "fail2ban", "hooks")
     for path in ROOT.glob(f"{directory}/**/*")
     if path.is_file()
 }
@@ -107,6 +107,9 @@ def test_what_is_installed(prefix: Path) -> None:
     assert files(prefix) == programs | pages | SERVICES | {"installed"}
     assert {"bin/qmail-smtpd", "man/man8/qmail-smtpd.8", "run/smtp/log/run"} <= files(prefix)
     assert {"systemd/qmail-smtpd@.service", "fail2ban/filter.d/qmail-smtpd.conf"} <= files(prefix)
+    hook = prefix / "hooks/certbot"
+    assert os.access(hook, os.X_OK)
+    assert f"put={prefix}/hooks/put-certificate\n" in hook.read_text()
 
 
 def test_the_checkout_has_no_traces_of_it(prefix: Path) -> None:

@@ -36,9 +36,21 @@ _DAY = datetime.timedelta(days=1)
 
 
 class Certificate:
-    """A certificate and its key; `issuer` is the Certificate that signed it, or None for itself."""
+    """A certificate and its key; `issuer` is the Certificate that signed it, or None for itself.
 
-    def __init__(self, name, key_type="ECDSA-P256", issuer=None, authority=False, email=None):
+    `name` is its common name, `hosts` are the names that it is good for.
+    """
+
+    def __init__(
+        self,
+        name,
+        key_type="ECDSA-P256",
+        issuer=None,
+        authority=False,
+        email=None,
+        hosts=("mail.example.org",),
+    ):
+        self._hosts = hosts
         self.key = KEYS[key_type]()
         self.issuer = issuer
         self.name = _name(name, email)
@@ -73,7 +85,7 @@ class Certificate:
         if authority:
             builder = builder.add_extension(_SIGNS, critical=True)
         else:
-            builder = builder.add_extension(_names_of_the_service(), critical=False)
+            builder = builder.add_extension(_alternative_names(self._hosts), critical=False)
         return builder.sign(issuer.key, _hash_for(issuer.key))
 
     def revoke(self, *certificates):
@@ -101,9 +113,9 @@ def _key_identifiers(key, issuer_key):
     )
 
 
-def _names_of_the_service():
+def _alternative_names(hosts):
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    return x509.SubjectAlternativeName([x509.DNSName("mail.example.org"), address])
+    return x509.SubjectAlternativeName([*map(x509.DNSName, hosts), address])
 
 
 def _hash_for(key):
