@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conformance.client import Client
+from conformance.program import ROOT
 from conformance.stage import Stage
-from listener.listening import Listening
+from conformance.transport import SocketConnection
+from listener.listening import PATIENCE, Listening, octet_environment
 from listener.mail import (
     ENVELOPE,
     authenticate,
@@ -153,3 +159,73 @@ def test_a_session_that_was_cut_in_tls(mx: Stage) -> None:
         send_message(second)
         quit_(second)
     assert b"half" not in mx.deliveries()[-1].read[0]
+
+
+# Secrets
+
+SERVE_AND_LOOK = """
+import gc, os, sys
+
+sys.path.insert(0, sys.argv[1])
+from qmail_smtpd_py import smtpd, tls
+from qmail_smtpd_py.control import CachedControlFiles
+
+gc.disable()  # as in a worker
+resources = smtpd.Resources(CachedControlFiles(), tls.CachedContexts())
+arguments = [os.fsencode(word) for word in sys.argv[3:]]
+number = int(sys.argv[2])
+smtpd.serve(number, number, smtpd.environment(), arguments, resources)
+os.close(number)
+secrets = sys.stdin.buffer.read().split()
+for holder in gc.get_objects():
+    if holder is not secrets:
+        for held in gc.get_referents(holder):
+            if isinstance(held, (bytes, bytearray)) and any(part in held for part in secrets):
+                print(type(holder), holder)
+"""
+
+PASSWORD = b"zyxwv-98765"
+WORDS = {
+    "PLAIN": [b"AUTH PLAIN " + base64.b64encode(b"\0joe\0" + PASSWORD)],
+    "LOGIN": [b"AUTH LOGIN", base64.b64encode(b"joe"), base64.b64encode(PASSWORD)],
+}
+
+
+@pytest.mark.tls
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+@pytest.mark.parametrize("tls", [False, True], ids=["clear", "tls"])
+@pytest.mark.parametrize("end", ["quit", "hung up", "refused"])
+def test_no_object_of_the_process_has_the_password(
+    mx: Stage, words: list[bytes], tls: bool, end: str
+) -> None:
+    """Once the session is over, whatever its end.
+
+    What memory that was freed has in it is not looked at: nothing of the program does either.
+    """
+    if end == "refused":
+        mx.plan("checkpassword", [{"exit": 111}])
+    ours, theirs = socket.socketpair()
+    with theirs, subprocess.Popen(
+        [sys.executable, "-I", "-c", SERVE_AND_LOOK, ROOT, str(theirs.fileno()), *mx.args],
+        env=octet_environment(mx),
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        theirs.close()
+        client = Client(SocketConnection(ours))
+        assert client.reply() == "220 mx.example.org ESMTP"
+        if tls:
+            start_tls(client)
+        for line in words:
+            reply = client.command(line) or ""
+        assert reply.startswith("454 " if end == "refused" else "235 ")
+        assert mx.checks()[0].read[3] == b"joe\0" + PASSWORD + b"\0"
+        if end == "hung up":
+            client.connection.close()
+        else:
+            quit_(client)
+        said, log = process.communicate(b"%s %s" % (PASSWORD, words[-1][-16:]), PATIENCE)
+    assert process.returncode == 0, log
+    assert said == b""

@@ -77,6 +77,40 @@ def test_changes_are_seen_by_the_next_connection_of_the_same_worker(mx: Stage) -
         assert len({worker for worker, _ in listener.ends(3)}) == 1
 
 
+def may_relay(listener: Listening, certificate: str = "client-alice.pem") -> bool:
+    """Whether a client with the certificate may send to anybody."""
+    client = listener.greeted()
+    start_tls(client, cert=certificate)
+    assert client.command(b"MAIL FROM:<a@client.example.com>") == "250 ok"
+    reply = client.command(b"RCPT TO:<u@elsewhere.example>") or ""
+    quit_(client)
+    return reply == "250 ok"
+
+
+@pytest.mark.tls
+def test_client_certificates_are_reread(mx: Stage) -> None:
+    """Who may relay by them, whom we trust to make them, and which are revoked."""
+    dave = "client-revoked.pem"
+    with Listening(mx, "-c", "1") as listener:
+        assert not may_relay(listener)
+        both = "alice@clients.example\ndave@clients.example\n"
+        mx.control({"clientca.pem": "@client-ca.pem", "tlsclients": both})
+        assert may_relay(listener)
+        assert may_relay(listener, dave)
+        mx.control({"clientcrl.pem": "@client-crl.pem"})
+        assert may_relay(listener)
+        assert not may_relay(listener, dave)
+        mx.control({"clientcrl.pem": "no list at all\n"})
+        assert not may_relay(listener)
+        (mx.home / "control" / "clientcrl.pem").unlink()
+        mx.control({"tlsclients": "dave@clients.example\n"})
+        assert not may_relay(listener)
+        assert may_relay(listener, dave)
+        mx.control({"clientca.pem": "@server-rsa.pem"})
+        assert not may_relay(listener, dave)
+        assert len({worker for worker, _ in listener.ends(9)}) == 1
+
+
 @pytest.mark.parametrize("change", ["rename", "in place", "symbolic link"])
 def test_however_a_file_is_changed(mx: Stage, tmp_path: Path, change: str) -> None:
     """Ten times, each time with as many octets as before."""

@@ -59,10 +59,11 @@ def wait_for_death(pid: int, patience: float = PATIENCE) -> None:
 
 
 class Tcp(SocketConnection):
-    """A connection that knows its own port."""
+    """A connection that knows its own socket and port."""
 
     def __init__(self, end: socket.socket) -> None:
         super().__init__(end)
+        self.end = end
         self.local_port: int = end.getsockname()[1]
 
 
