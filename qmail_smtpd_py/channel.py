@@ -140,7 +140,7 @@ class Channel:
         return None, "contains no email address"
 
 
-_VERIFY_ERRORS = {
+VERIFY_ERRORS = {
     3: "unable to get certificate CRL",
     9: "certificate is not yet valid",
     10: "certificate has expired",
@@ -158,7 +158,7 @@ _VERIFY_ERRORS = {
 def note_problem(connection: Any, certificate: Any, code: int, depth: int, ok: int) -> bool:
     """Note what is wrong with a client certificate, and let the handshake go on."""
     if not ok:
-        problem = _VERIFY_ERRORS.get(code, f"certificate verify error {code}")
+        problem = VERIFY_ERRORS.get(code, f"certificate verify error {code}")
         connection.get_app_data().problems.append(problem)
     return True
 

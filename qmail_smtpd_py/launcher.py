@@ -77,7 +77,11 @@ PROGRAMS = {
     "checkpassword-users": Program("users_check", late=("users_file",), trouble=111),
 }
 
-TOOLS = {"qmail-smtpd-users": "users_file", "qmail-smtpd-listen": "listener"}
+TOOLS = {
+    "qmail-smtpd-users": "users_file",
+    "qmail-smtpd-listen": "listener",
+    "qmail-smtpd-check": "check",
+}
 """The programs that are started now and then: they have no image, and end as others do."""
 
 _LAUNCHER = """\

@@ -23,8 +23,8 @@ our options: --daemon --pid-file=FILE --log-file=FILE --max-use=N --max-age=SECO
              --idle=N --drain=SECONDS --proxy-from=ADDRESSES
 """
 
-_SHORT = "1b:B:c:dDg:hHl:oOpPqQrRt:u:UvVx:X"
-_LONG = (
+SHORT = "1b:B:c:dDg:hHl:oOpPqQrRt:u:UvVx:X"
+LONG = (
     "helper=", "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=",
     "proxy-from=",
 )  # fmt: skip
@@ -69,7 +69,7 @@ class Options:
         self.drain = 60.0
         self.proxies: Peers | None = None
         try:
-            flags, rest = getopt.getopt(words, _SHORT, list(_LONG))
+            flags, rest = getopt.getopt(words, SHORT, list(LONG))
             rules, optional = None, False
             for flag, value in flags:
                 if flag == "-x":

@@ -61,7 +61,7 @@ class Rules:
             for address in addresses(ip, host, info):
                 data = find(self._descriptor, address)
                 if data is not None:
-                    return _instructions(data)
+                    return instructions(data)
         except (OSError, CdbError) as error:
             raise RulesError(f"cannot use {self._path}: {error}") from None
         return {}
@@ -84,7 +84,7 @@ class Rules:
             raise RulesError(why) from None
 
 
-def _instructions(data: bytes) -> dict[bytes, bytes] | None:
+def instructions(data: bytes) -> dict[bytes, bytes] | None:
     """What the data of a rule say: the variables to set, or None to deny."""
     variables = {}
     for instruction in data.split(b"\0"):

@@ -62,7 +62,7 @@ def layers() -> dict[str, str]:
     """The layer of each module, by the tables in docs/design.md."""
     found, layer = {}, ""
     for line in (ROOT / "docs" / "design.md").read_text().splitlines():
-        head = re.fullmatch(r"\| (core|edges|programs|listener) \| \|", line)
+        head = re.fullmatch(r"\| (core|edges|programs|listener|check) \| \|", line)
         if head:
             layer = head[1]
         elif not line.startswith("|"):
@@ -142,10 +142,15 @@ def test_nothing_below_imports_a_program(module: str) -> None:
     assert "programs" not in {layers()[name] for name in ours(module, for_types=True)}
 
 
-def test_three_modules_import_pyopenssl_and_only_late() -> None:
+@pytest.mark.parametrize("module", modules_of("core", "edges", "programs", "listener"))
+def test_nothing_imports_the_check_but_the_check(module: str) -> None:
+    assert "check" not in {layers()[name] for name in ours(module, for_types=True)}
+
+
+def test_of_what_serves_three_modules_import_pyopenssl_and_only_late() -> None:
     who = {
         module
-        for module in MODULES
+        for module in modules_of("core", "edges", "programs", "listener")
         if PYOPENSSL & {name.partition(".")[0] for name in imports(tree(module))}
     }
     assert who == {"certificates", "channel", "tls"}
@@ -163,7 +168,7 @@ def test_programs_in_bin_only_call_main(path: Path) -> None:
     program = ast.parse(path.read_bytes())
     names = set(imports(program))
     assert {name for name in names if name not in ("os", "sys")} <= {
-        f"qmail_smtpd_py.{module}" for module in modules_of("programs", "listener")
+        f"qmail_smtpd_py.{module}" for module in modules_of("programs", "listener", "check")
     }
     assert not [node for node in program.body if isinstance(node, ast.FunctionDef)]
 

@@ -190,6 +190,25 @@ def test_replies_are_in_the_manual_page() -> None:
     assert missing == []
 
 
+def test_codes_of_problems_are_in_the_manual_page() -> None:
+    """What the check calls a problem, for programs to know it by."""
+    codes = set()
+    for module in modules_of("check"):
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.Call) and len(node.args) >= 3 and tells_a_problem(node.func):
+                codes.add(text_of(node.args[0]))
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_REMEDIES":
+                codes |= {text_of(row.elts[1]) for row in node.value.elts}  # type: ignore[attr-defined]
+    source = (ROOT / "man/qmail-smtpd-check.8").read_text().partition(".Sh DIAGNOSTICS")[2]
+    described = set(re.findall(r"^\.Li (\S+)", source.partition(".Sh ")[0], re.M))
+    assert codes - {None} >= {"memory", "open-relay", "certificate-expired", "not-exported"}
+    assert described == codes - {None}
+
+
+def tells_a_problem(function: ast.AST) -> bool:
+    return getattr(function, "attr", getattr(function, "id", "")) in ("error", "warning", "tell")
+
+
 # The other documents
 
 

@@ -1,6 +1,6 @@
 """Certificates as an administrator may have them: of any key type, from an authority of any depth.
 
-They are made when a test asks for them and are valid for a day.
+They are made when a test asks for them and are valid for a day, unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import AuthorityInformationAccessOID, NameOID
 
 KEYS = {
     "RSA-2048": lambda: rsa.generate_private_key(65537, 2048),
@@ -38,7 +38,9 @@ _DAY = datetime.timedelta(days=1)
 class Certificate:
     """A certificate and its key; `issuer` is the Certificate that signed it, or None for itself.
 
-    `name` is its common name, `hosts` are the names that it is good for.
+    `name` is its common name, `hosts` are the names that it is good for.  It ends in so many `days`,
+    which may be fewer than 0; with `url` it says where its issuer's certificate can be had, as
+    those of public authorities do.
     """
 
     def __init__(
@@ -49,9 +51,13 @@ class Certificate:
         authority=False,
         email=None,
         hosts=("mail.example.org",),
+        days=1,
+        url=None,
     ):
         self._hosts = hosts
         self.key = KEYS[key_type]()
+        self._days = days
+        self._url = url
         self.issuer = issuer
         self.name = _name(name, email)
         self.x509 = self._sign(authority)
@@ -77,7 +83,8 @@ class Certificate:
         builder = x509.CertificateBuilder(
             issuer.name, self.name, self.key.public_key(), x509.random_serial_number()
         )
-        builder = builder.not_valid_before(now - _DAY).not_valid_after(now + _DAY)
+        end = now + self._days * _DAY
+        builder = builder.not_valid_before(min(now, end) - _DAY).not_valid_after(end)
         constraints = x509.BasicConstraints(ca=authority, path_length=None)
         builder = builder.add_extension(constraints, critical=True)
         for extension in _key_identifiers(self.key, issuer.key):
@@ -86,12 +93,18 @@ class Certificate:
             builder = builder.add_extension(_SIGNS, critical=True)
         else:
             builder = builder.add_extension(_alternative_names(self._hosts), critical=False)
+        if self._url:
+            where = x509.UniformResourceIdentifier(self._url)
+            method = AuthorityInformationAccessOID.CA_ISSUERS
+            access = x509.AuthorityInformationAccess([x509.AccessDescription(method, where)])
+            builder = builder.add_extension(access, critical=False)
         return builder.sign(issuer.key, _hash_for(issuer.key))
 
-    def revoke(self, *certificates):
+    def revoke(self, *certificates, days=1):
         """The list of those that this authority takes back, as in clientcrl.pem."""
         now = datetime.datetime.now(datetime.timezone.utc)
-        builder = x509.CertificateRevocationListBuilder(self.name, now - _DAY, now + _DAY)
+        begin, end = now - 9 * _DAY, now + days * _DAY
+        builder = x509.CertificateRevocationListBuilder(self.name, begin, end)
         for certificate in certificates:
             revoked = x509.RevokedCertificateBuilder(certificate.x509.serial_number, now - _DAY)
             builder = builder.add_revoked_certificate(revoked.build())

@@ -22,6 +22,7 @@ OURS = (
     "qmail-queue-maildir",
     "checkpassword-users",
     "qmail-smtpd-users",
+    "qmail-smtpd-check",
 )
 
 _PLACES = ("/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix")

@@ -1,0 +1,236 @@
+"""The chain of programs that a run file ends in, each of which becomes the next one.
+
+    softlimit -m 64000000 tcpserver -u 1002 -g 1002 0 587 rblsmtpd -b qmail-smtpd checkprogram true
+
+`Chain.follow` goes along it to qmail-smtpd and keeps what each program changes on the way: limits,
+user, environment, the port and the rules.  None of them is run.
+"""
+
+from __future__ import annotations
+
+import getopt
+import os
+import pwd
+
+from . import options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SMTPD, LISTENER = "qmail-smtpd", options.NAME
+
+SERVERS = {
+    "tcpserver": (options.SHORT, ()),
+    "sslserver": ("013aAb:B:c:dDeEfFg:hHiIjJl:mMnNoOpPqQrRsSt:u:UvVw:x:XyYzZ", ()),
+    LISTENER: (options.SHORT, options.LONG),
+}
+"""Options of the programs that listen; host and port come behind them."""
+
+_WRAPPERS = {
+    "nice": ("n:", 0),
+    "ionice": ("c:n:t", 0),
+    "nohup": ("", 0),
+    "setlock": ("nNxX", 1),
+    "pgrphack": ("", 0),
+    "setsid": ("cfw", 0),
+    "fixcrio": ("", 0),
+    "recordio": ("", 0),
+    "tcp-env": ("rRt:", 0),
+    "rblsmtpd": ("a:bBcCr:t:", 0),
+}
+"""Programs that change nothing of what is checked: their options, and how many words follow."""
+
+_SOFTLIMITS = {
+    "a": ("as",),
+    "d": ("data",),
+    "m": ("as", "data", "memlock", "stack"),
+    "o": ("nofile",),
+    "p": ("nproc",),
+    "f": ("fsize",),
+    "s": ("stack",),
+    "l": ("memlock",),
+}
+"""What each option of softlimit(8) limits, in the words of setrlimit(2)."""
+
+PORTS = {"smtp": 25, "submission": 587, "smtps": 465, "submissions": 465, "ssmtp": 465, "urd": 465}
+
+DEFAULT_CONCURRENCY = 40
+
+
+class Chain:
+    """What the programs of a chain say.
+
+    `uid` and `gid` are None where nobody says; `limits` are in octets or a number; `program` is the
+    qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`, the check program's.
+    """
+
+    def __init__(self, directory: str, note: Callable[[str], None]) -> None:
+        self._directory = directory
+        self._note = note
+        self.limits: dict[str, int] = {}
+        self.uid: int | None = None
+        self.gid: int | None = None
+        self.server: str | None = None
+        self.host = ""
+        self.port: int | None = None
+        self.concurrency = DEFAULT_CONCURRENCY
+        self.rules: str | None = None
+        self.is_rules_file_optional = False
+        self.local_host: str | None = None
+        self.helper: str | None = None
+        self.logs_by_itself = False
+        self.program: str | None = None
+        self.arguments: list[str] = []
+
+    def change_directory(self, path: str) -> None:
+        """`cd`: what is relative is relative to this."""
+        self._directory = os.path.join(self._directory, path)
+
+    def follow(self, words: list[str], environ: dict[str, str]) -> bool:
+        """Go along the chain, changing the environment; whether qmail-smtpd was found."""
+        while words and self.program is None:
+            name = os.path.basename(words[0])
+            try:
+                words = self._step(name, words, environ)
+            except getopt.GetoptError as error:
+                self._note(f"{name}: {error}")
+                words = self._search(words[1:])
+        return self.program is not None
+
+    def _step(self, name: str, words: list[str], environ: dict[str, str]) -> list[str]:
+        """Take one program; the words that it runs."""
+        rest = words[1:]
+        if name == SMTPD:
+            self.program, self.arguments = words[0], rest
+        elif name in SERVERS:
+            rest = self._serve(name, words, environ)
+        elif name == "softlimit":
+            rest = self._limit(rest)
+        elif name == "env":
+            rest = _env(rest, environ)
+        elif name == "envdir":
+            read_envdir(os.path.join(self._directory, rest[0] if rest else ""), environ)
+            rest = rest[1:]
+        elif name in ("setuidgid", "envuidgid"):
+            self._become(name, rest[0] if rest else "", environ)
+            rest = rest[1:]
+        elif name in _WRAPPERS:
+            short, positional = _WRAPPERS[name]
+            rest = getopt.getopt(rest, short)[1][positional:]
+        else:
+            rest = self._search(words, told=False)
+        return rest
+
+    def _search(self, words: list[str], told: bool = True) -> list[str]:
+        """The chain from qmail-smtpd on, behind a program that is not known."""
+        known = (SMTPD, *SERVERS)
+        for at, word in enumerate(words):
+            if os.path.basename(word) in known:
+                if not told:
+                    self._note(f"what `{words[0]}` changes for qmail-smtpd is not counted")
+                return words[at:]
+        return []
+
+    def _limit(self, words: list[str]) -> list[str]:
+        flags, rest = getopt.getopt(words, "a:c:d:f:l:m:o:p:r:s:t:")
+        for flag, value in flags:
+            for resource in _SOFTLIMITS.get(flag[1:], ()):
+                if value.isdigit():
+                    self.limits[resource] = int(value)
+        return rest
+
+    def _become(self, name: str, account: str, environ: dict[str, str]) -> None:
+        """setuidgid and envuidgid: the user and its group, or what -U is to become."""
+        try:
+            user = pwd.getpwnam(account)
+        except KeyError:
+            self._note(f"{name}: there is no user {account}")
+            return
+        if name == "setuidgid":
+            self.uid, self.gid = user.pw_uid, user.pw_gid
+        else:
+            environ.update(UID=str(user.pw_uid), GID=str(user.pw_gid))
+
+    def _serve(self, name: str, words: list[str], environ: dict[str, str]) -> list[str]:
+        """A program that listens: its options, host and port; the words of what it starts."""
+        short, long = SERVERS[name]
+        flags, rest = getopt.getopt(words[1:], short, list(long))
+        self.server = name
+        for flag, value in flags:
+            self._take(flag, value, environ)
+        if not self.helper:
+            self.host, port = (*rest[:2], "", "")[:2]
+            self.port = PORTS.get(port, int(port) if port.isdigit() else None)
+            if self.port is None:
+                self._note(f"port {port or '(none)'} is not known")
+            rest = rest[2:]
+        if name == LISTENER:
+            self.program, self.arguments = words[0], rest
+        return rest
+
+    def _take(self, flag: str, value: str, environ: dict[str, str]) -> None:
+        """One option of a server."""
+        if flag == "-u":
+            self.uid = self._id(flag, value)
+        elif flag == "-g":
+            self.gid = self._id(flag, value)
+        elif flag == "-U":
+            self.uid = self._id("-U", environ.get("UID", ""))
+            self.gid = self._id("-U", environ.get("GID", ""))
+        elif flag == "-c":
+            self.concurrency = int(value) if value.isdigit() else self.concurrency
+        elif flag == "-l":
+            self.local_host = value
+        elif flag == "-x":
+            self.rules = os.path.join(self._directory, value)
+        elif flag == "-X":
+            self.is_rules_file_optional = True
+        elif flag == "--helper":
+            self.helper = value
+        elif flag == "--log-file":
+            self.logs_by_itself = True
+
+    def _id(self, flag: str, value: str) -> int | None:
+        if value.isdigit():
+            return int(value)
+        if "$" not in value and "`" not in value:  # otherwise that was told
+            self._note(f"{flag} {value or '(nothing)'}: not a number")
+        return None
+
+    @property
+    def is_for_everybody(self) -> bool:
+        """Whether the server listens to more than this host itself."""
+        if self.helper:
+            return False
+        return not (self.host == "localhost" or self.host.startswith("127.") or self.host == "::1")
+
+
+def _env(words: list[str], environ: dict[str, str]) -> list[str]:
+    """env(1): `-`, `-i`, `-u NAME` and NAME=value; the words of what it runs."""
+    flags, rest = getopt.getopt(words, "iu:", ["ignore-environment", "unset="])
+    if rest[:1] == ["-"]:
+        flags, rest = [*flags, ("-i", "")], rest[1:]
+    for flag, value in flags:
+        if flag in ("-i", "--ignore-environment"):
+            environ.clear()
+        else:
+            environ.pop(value, None)
+    while rest and "=" in rest[0]:
+        name, _, value = rest.pop(0).partition("=")
+        environ[name] = value
+    return rest
+
+
+def read_envdir(path: str, environ: dict[str, str]) -> None:
+    """Change the environment as envdir(8) does: a file a variable; raises OSError."""
+    for name in sorted(os.listdir(path)):
+        file = os.path.join(path, name)
+        if name.startswith(".") or "=" in name or not os.path.isfile(file):
+            continue
+        with open(file, encoding="utf-8", errors="surrogateescape") as opened:
+            text = opened.read(65536)
+        if text:
+            environ[name] = text.partition("\n")[0].rstrip(" \t").replace("\0", "\n")
+        else:
+            environ.pop(name, None)

@@ -1,0 +1,265 @@
+"""qmail-smtpd-check: what qmail-smtpd would do as it is set up, and what is wrong with that.
+
+The run file is read, and not run; everything else is looked at by a child that has become the user
+of the service, so that what it may not read is what the service may not read.  The settings come
+from the code that serves, and a session is made with the installed program.  Facts come first and
+problems last, each with its remedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pwd
+import sys
+
+from . import check_auth, check_limits, check_queue, check_relay, check_session
+from .chain import Chain, read_envdir
+from .findings import Report
+from .log import where
+from .rights import group_name, user_name
+from .runfile import RunFile
+from .smtpd import HOME, environment
+from .subject import Subject
+
+MISUSED = 100
+
+_SERVICE_VARIABLES = (
+    *("SMTPAUTH", "FORCETLS", "SMTPS", "RELAYCLIENT", "DATABYTES", "QMAILQUEUE", "QMAILHOME"),
+    *("TLSCIPHERS", "QMAILMAILDIR", "SMTPUSERS", "TLSHELPER"),
+)
+"""Variables that are known to be meant for qmail-smtpd, so that one that does not get there is an
+error; of others it is a warning.
+"""
+
+
+class Misuse(Exception):
+    """The arguments are wrong; the text says how."""
+
+
+class Service:
+    """What the command line, the run file or the environment say of the service."""
+
+    def __init__(self, arguments: argparse.Namespace, report: Report) -> None:
+        self.environ = environment()
+        self.run: RunFile | None = None
+        self.chain = Chain(os.getcwd(), report.note)
+        self._report = report
+        self.title = "this environment"
+        if arguments.env_from:
+            self._read(arguments.env_from)
+        if arguments.words:
+            self.chain.arguments = arguments.words
+        self.uid, self.gid = self._user(arguments.user)
+
+    def _read(self, path: str) -> None:
+        """Take the environment from a run file or an envdir; raises Misuse."""
+        self.title = path
+        variables = {"PATH": os.environ.get("PATH", os.defpath)}
+        try:
+            if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "run")):
+                read_envdir(path, variables)
+            else:
+                path = os.path.join(path, "run") if os.path.isdir(path) else path
+                with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                    script = file.read()
+                self.run = RunFile(script, os.path.dirname(os.path.abspath(path)))
+                self.chain, variables = self.run.chain, self.run.environ
+                self._tell_of_run_file(self.run)
+        except OSError as error:
+            raise Misuse(f"cannot read {path}: {error.strerror}") from None
+        self.environ = {os.fsencode(k): os.fsencode(v) for k, v in variables.items()}
+
+    def _tell_of_run_file(self, run: RunFile) -> None:
+        report = self._report
+        for note in run.notes:
+            report.note(note)
+        for name in run.missing_users:
+            what = f"the run file asks for the user {name}, and there is no such user"
+            report.error("no-such-user", what, "make the user, or correct the name")
+        for line, name, value, is_used in run.unexported:
+            is_ours = name in _SERVICE_VARIABLES
+            if is_used and not is_ours:
+                continue
+            tell = report.error if is_ours else report.warning
+            what = f"line {line} sets {name}={value!r} without export: qmail-smtpd does not get it"
+            tell("not-exported", what, f"export {name}")
+        if not run.chain.program:
+            what = "no qmail-smtpd was found in the run file: its environment may be incomplete"
+            report.warning("no-program", what, "see what was not understood; check by hand")
+        elif not run.has_joined_log and not run.chain.logs_by_itself:
+            what = "2>&1 is missing: what qmail-smtpd logs does not get into the service's log"
+            report.warning("no-log", what, "put 2>&1 at the end of the last command")
+
+    def _user(self, name: str | None) -> tuple[int, int]:
+        """Whose rights the service has; raises Misuse."""
+        if name:
+            try:
+                found = pwd.getpwnam(name)
+            except KeyError:
+                raise Misuse(f"there is no user {name}") from None
+            return found.pw_uid, found.pw_gid
+        uid, gid = self.chain.uid, self.chain.gid
+        return os.geteuid() if uid is None else uid, os.getegid() if gid is None else gid
+
+    def examine_user(self, was_given: bool) -> None:
+        """Tell who the service is, and whether that can be tried."""
+        report, uid = self._report, self.uid
+        who = f"{user_name(uid)}:{group_name(self.gid)} (uid {uid}, gid {self.gid})"
+        report.fact("service", f"{self.title}, as {who}", uid=uid, gid=self.gid)
+        if os.geteuid() not in (0, uid):
+            what = (
+                f"the service is {user_name(uid)}'s, and this was looked at by uid {os.geteuid()}"
+            )
+            remedy = "run qmail-smtpd-check as root, or as that user"
+            report.warning("not-that-user", what, remedy, "what it can read may be something else")
+        elif uid == 0 and not was_given and self.run and self.chain.uid is None:
+            if self.run.notes and self.chain.server:
+                report.warning(
+                    "no-user", "whose rights the service has is not known", "--user NAME"
+                )
+            else:
+                what = "the service runs as root, as nobody says otherwise"
+                report.warning("root", what, "-u and -g of tcpserver: qmaild and nofiles")
+        elif uid == 0 and not was_given and not self.run:
+            what = "looked at as root, who may read everything: the service's user may not"
+            report.warning("no-user", what, "--user NAME, or --env-from RUNFILE")
+        if uid != 0 and self.gid == 0 and self.chain.server:
+            what = "-u without -g: the service has the rights of group root"
+            report.warning("root-group", what, "add -g with a group of its own")
+
+
+def main() -> int:
+    """The program; the exit status is 0, 1 where there are warnings, 2 for errors."""
+    arguments = _parser().parse_args()
+    report = Report()
+    smtpd = os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), "qmail-smtpd")
+    try:
+        service = Service(arguments, report)
+        if not os.access(smtpd, os.X_OK):
+            raise Misuse(f"there is no {smtpd}: this program has to stand beside it")
+    except Misuse as misuse:
+        print(f"qmail-smtpd-check: {misuse}", file=sys.stderr)
+        return MISUSED
+    service.examine_user(bool(arguments.user))
+    _compare_program(service, smtpd, report)
+    report.add(_in_child(service, smtpd))
+    if os.geteuid() in (0, service.uid):
+        subject = Subject(service.environ, [], service.chain, smtpd)
+        check_queue.examine_directories(check_queue.program_of(subject), report)
+    sys.stdout.write(report.as_json() + "\n" if arguments.json else report.as_text())
+    return report.exit_status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qmail-smtpd-check",
+        description="Say what qmail-smtpd would do as it is set up, and what is wrong with that.",
+        epilog="Exit status: 0 if there is nothing to do, 1 for warnings, 2 for errors.",
+    )
+    parser.add_argument("--user", metavar="NAME", help="the user that the service runs as")
+    parser.add_argument(
+        "--env-from",
+        metavar="FILE",
+        help="a run file, its directory, or an envdir, to take it from",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="checkprogram subprogram",
+        help="as qmail-smtpd's",
+    )
+    return parser
+
+
+def _compare_program(service: Service, smtpd: str, report: Report) -> None:
+    """See that what the run file starts is the program that is checked."""
+    started = service.chain.program
+    if started is None:
+        return
+    neighbour = os.path.join(os.path.dirname(smtpd), os.path.basename(started))
+    there = os.path.realpath(started) if "/" in started else started
+    if there != os.path.realpath(neighbour):
+        what = f"the run file starts {started}, and what was checked is {neighbour}"
+        remedy = f"put {neighbour} into the run file, or run the qmail-smtpd-check beside {started}"
+        report.warning("other-program", what, remedy)
+
+
+def _in_child(service: Service, smtpd: str) -> str:
+    """What a child finds that has become the service's user: a report, in JSON."""
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        os.close(reader)
+        with open(writer, "w", encoding="utf-8") as pipe:
+            pipe.write(_examine(service, smtpd).as_json())
+            pipe.flush()
+            os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    if text:
+        return text
+    report = Report()
+    report.error("check", "the check itself ended early", "run it again, with more memory")
+    return report.as_json()
+
+
+def _examine(service: Service, smtpd: str) -> Report:
+    """Everything that is looked at with the rights of the service's user."""
+    report = Report()
+    try:
+        if os.geteuid() == 0:
+            os.setgroups([service.gid])
+            os.setgid(service.gid)
+            os.setuid(service.uid)
+        words = [os.fsencode(word) for word in service.chain.arguments]
+        subject = Subject(service.environ, words, service.chain, smtpd)
+        if service.run:
+            subject.unexported = {name for _, name, *_ in service.run.unexported}
+        subject.apply_rules(report)
+        report.fact("home", os.fsdecode(subject.environ.get(b"QMAILHOME") or HOME))
+        _tell_of_port(subject, report)
+        if subject.load(report):
+            _examine_parts(subject, report)
+    except Exception as error:  # a defect: what was found so far is told all the same
+        report.error("check", f"the check itself failed: {where(error)}", "tell its authors")
+    return report
+
+
+def _tell_of_port(subject: Subject, report: Report) -> None:
+    """Where it listens, and whether that fits to SMTPS."""
+    chain, port = subject.chain, subject.port
+    is_smtps = b"SMTPS" in subject.environ
+    if port is not None:
+        by = f" ({chain.server})" if chain.server else ""
+        host = f"{chain.host} " if chain.host not in ("", "0") else ""
+        report.fact("port", f"{host}{port}{by}", port=port)
+    elif chain.helper:
+        report.fact("helper", f"does TLS for other services, at {chain.helper}")
+    if port == 465 and not is_smtps and chain.server != "sslserver":
+        what = "port 465 without SMTPS: clients begin with TLS there, and wait for it for ever"
+        report.warning("no-smtps", what, "export SMTPS=1 in the run file")
+    elif port in (25, 587) and is_smtps:
+        what = f"SMTPS on port {port}: clients expect a greeting in clear there, and STARTTLS"
+        report.warning("smtps-port", what, "unset SMTPS; it is for port 465")
+
+
+def _examine_parts(subject: Subject, report: Report) -> None:
+    server = subject.server
+    report.fact("greeting", os.fsdecode(server.settings.greeting))
+    check_auth.examine(subject, report)
+    trial = check_session.examine(subject, report)
+    check_relay.examine(subject, report)
+    check_queue.examine(subject, report)
+    check_limits.examine(subject, trial, report)
+    names = sorted(subject.files.found)
+    report.fact("control files", " ".join(names) or "none", files=names)
+    server.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

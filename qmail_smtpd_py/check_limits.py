@@ -1,0 +1,69 @@
+"""What qmail-smtpd-check says of limits: those of a session, and that on memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .findings import Report
+    from .subject import Subject
+    from .trial import Trial
+
+MEMORY_NEEDS: dict[int, tuple[int, int]] = {9: (11, 33), 11: (15, 37), 13: (14, 41)}
+"""README's table: the smallest memory limits that work, in MB, by the minor version of Python 3:
+without TLS, and with TLS and AUTH."""
+
+_SMALLEST_DATABYTES = 10000
+
+
+def examine(subject: Subject, trial: Trial, report: Report) -> None:
+    """Tell of the limits, and compare that on memory with what is needed."""
+    server = subject.server
+    settings = server.settings
+    limits = settings.limits
+    values = {name: getattr(limits, name) for name in limits.__slots__}
+    values = {"databytes": settings.databytes, "timeout": server.timeout, **values}
+    told = [f"{name.replace('_', ' ')} {number or 'any'}" for name, number in values.items()]
+    report.fact("limits", ", ".join(told), **values)
+    if 0 < settings.databytes < _SMALLEST_DATABYTES:
+        what = f"databytes is {settings.databytes}: hardly any message is that small"
+        report.warning("databytes", what, "it is in octets: 10000000 are 10 MB; 0 is no limit")
+    if subject.chain.server:
+        report.fact(
+            "concurrency", str(subject.chain.concurrency), sessions=subject.chain.concurrency
+        )
+    _examine_memory(subject, trial, report)
+
+
+def memory_limit(subject: Subject) -> int | None:
+    """The limit on address space that a session has, in octets, None for none."""
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limit = subject.chain.limits.get("as", own)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def needed(with_tls: bool, minor: int = sys.version_info.minor) -> int:
+    """The smallest limit that works, in octets; for other versions, the largest of the table."""
+    largest = tuple(max(column) for column in zip(*MEMORY_NEEDS.values()))
+    return int(MEMORY_NEEDS.get(minor, largest)[with_tls]) * 1_000_000
+
+
+def _examine_memory(subject: Subject, trial: Trial, report: Report) -> None:
+    limit = memory_limit(subject)
+    with_tls = subject.server.is_smtps or os.path.lexists("control/servercert.pem")
+    need = needed(with_tls)
+    what_for = "with TLS" if with_tls else "without TLS"
+    text = f"{need / 1e6:g} MB are needed {what_for}; the limit is "
+    text += "none" if limit is None else f"{limit / 1e6:g} MB"
+    report.fact("memory", text, limit=limit, needed=need)
+    if limit is None or limit >= need:
+        return
+    what = f"the memory limit is {limit / 1e6:g} MB, and sessions {what_for} need {need / 1e6:g} MB"
+    remedy = "softlimit -m 64000000 in the run file"
+    if trial.failure or (with_tls and not trial.version):
+        report.error("memory", what, remedy)
+    else:
+        report.warning("memory", what, remedy, "a session as small as ours worked, others may not")

@@ -1,0 +1,227 @@
+"""What qmail-smtpd-check says of a session as a client has it, and of TLS in it.
+
+Each error line that the program writes to its log in such a session is a problem.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from . import check_certificates as certificates
+from .remedies import MEMORY, explain
+from .rights import group_name
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cryptography import x509
+
+    from .findings import Report
+    from .subject import Subject
+    from .trial import Trial
+
+CERTIFICATE = "control/servercert.pem"
+_KEYS = (b"aECDSA", b"aRSA")
+"""Ciphers of TLS 1.2 by the key that they need: where there are two certificates, each is seen."""
+
+_WHY = re.compile(r': error (?:.* )?why="?(.*?)"?$')
+
+
+def examine(subject: Subject, report: Report) -> Trial:
+    """Have a session, tell of it, and look at the certificates that came; the session."""
+    trial = subject.try_session()
+    for why in _errors(trial.log):
+        explain(why, report)
+    if trial.greeting:
+        offers = trial.tls_offers if subject.server.is_smtps else trial.offers
+        report.fact("client sees", f"220 {trial.greeting}; {' '.join(offers[1:])}", offers=offers)
+    if trial.failure:
+        _tell_of_failure(trial, report)
+    if trial.version:
+        _tell_of_tls(subject, trial, report)
+    else:
+        _tell_of_no_tls(subject, trial, report)
+    _examine_clients(subject, report)
+    return trial
+
+
+def _errors(log: Iterable[str]) -> list[str]:
+    """What the error lines of a log say."""
+    found = [_WHY.search(line) for line in log]
+    return [_unescape(match[1]) for match in found if match]
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\x([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), text)
+
+
+def _tell_of_failure(trial: Trial, report: Report) -> None:
+    """A session that did not get to its end."""
+    last = [line for line in trial.log if " connect " not in line and " disconnect " not in line]
+    cause = " / ".join(_unescape(line.partition("]: ")[2] or line) for line in last[-3:])
+    memory = re.search("Memory|memory|failed to map|Cannot allocate|shared librar", cause)
+    if _errors(trial.log):  # which are told already, and why
+        report.fact("client sees", trial.failure)
+        return
+    remedy = (
+        MEMORY if memory or not trial.log else "docs/log.md has the causes of what the log says"
+    )
+    cause = cause or f"the program wrote nothing to its log; exit status {trial.status}"
+    report.error("session", f"a session fails: {trial.failure}", remedy, cause)
+
+
+# TLS
+
+
+def _tell_of_tls(subject: Subject, trial: Trial, report: Report) -> None:
+    older = [subject.try_session(version="TLSv1.2", ciphers=ciphers) for ciphers in _KEYS]
+    seen = {other.chain[0]: other for other in [trial, *older] if other.chain}
+    ciphers = {other.version: other.cipher for other in [*older, trial] if other.version}
+    versions = [
+        f"{version} ({ciphers[version]})" if version in ciphers else f"no {version}"
+        for version in ("TLSv1.3", "TLSv1.2")
+    ]
+    how = "at once (SMTPS)" if subject.server.is_smtps else "by STARTTLS"
+    report.fact("TLS", f"{how}: {', '.join(versions)}", version=trial.version, cipher=trial.cipher)
+    if not subject.server.is_smtps:
+        offers = " ".join(trial.tls_offers[1:])
+        report.fact("under TLS", offers, offers=trial.tls_offers)
+    for other in seen.values():
+        _tell_of_chain(subject, other, CERTIFICATE, report)
+    _examine_names(subject, [other.chain[0] for other in seen.values()], report)
+    _examine_rights(subject, report)
+    for name in _names_by_sni(subject):
+        _examine_sni(subject, name, report)
+
+
+def _tell_of_chain(subject: Subject, trial: Trial, where: str, report: Report) -> None:
+    """One certificate, and those that came with it."""
+    server = trial.chain[0]
+    report.fact(
+        "certificate",
+        certificates.describe(server),
+        file=where,
+        names=certificates.host_names(server),
+        key=certificates.key_type(server),
+        days_left=certificates.days_left(server),
+        sent=len(trial.chain),
+    )
+    certificates.examine_chain(trial.chain, where, report)
+    remedy = "a certificate of a public authority, such as Let's Encrypt: README, Certificates"
+    if not trial.verify_error:
+        report.fact("verified", "yes, with the authorities of this system")
+        return
+    report.fact("verified", f"no, with the authorities of this system: {trial.verify_error}")
+    missing = certificates.missing_issuer(trial.chain)
+    if missing and trial.verify_error.startswith("unable to"):
+        what = f"{where}: the certificate of its issuer, {missing}, is not in it"
+        cause = "clients that do not have it can not verify the server's"
+        remedy = "use the file with the whole chain: cat privkey.pem fullchain.pem"
+        report.warning("chain-incomplete", what, remedy, cause)
+    elif certificates.is_self_signed(server) and subject.server.settings.auth.mechanisms:
+        what = f"{where}: it vouches for itself; users' mail programs refuse it, or ask"
+        report.warning("self-signed", what, remedy)
+
+
+def _examine_names(subject: Subject, found: list[x509.Certificate], report: Report) -> None:
+    """Whether the certificate is for a name that this host is known by."""
+    local = subject.session_environ().get(b"TCPLOCALHOST", b"")
+    greeting = subject.server.settings.greeting.partition(b" ")[0]
+    candidates = [subject.files.line("me") or b"", local, greeting]
+    hosts = [os.fsdecode(name) for name in dict.fromkeys(candidates) if _is_host_name(name)]
+    for certificate in found:
+        if hosts and not any(certificates.covers(certificate, host) for host in hosts):
+            names = ", ".join(certificates.host_names(certificate)) or "no host name"
+            what = f"{CERTIFICATE} is for {names}, and not for {' or '.join(hosts)}"
+            cause = "clients that verify compare it with the name that they connect to"
+            remedy = "get one for the name that clients use; control/me should be that name"
+            report.warning("certificate-name", what, remedy, cause)
+
+
+def _is_host_name(name: bytes) -> bool:
+    return b"." in name.strip(b".") and not name.replace(b".", b"").isdigit() and b":" not in name
+
+
+def _examine_rights(subject: Subject, report: Report) -> None:
+    """Whether others can read the key."""
+    path = subject.path(CERTIFICATE)
+    if os.stat(path).st_mode & 0o004:
+        what = f"{path} has the private key, and every user of this host can read it"
+        remedy = f"chgrp {group_name(os.getegid())} {path}; chmod 640 {path}"
+        report.warning("key-readable", what, remedy)
+
+
+def _names_by_sni(subject: Subject) -> list[str]:
+    """The names that have a certificate of their own."""
+    try:
+        return sorted(os.listdir(subject.path("control/servercerts")))
+    except OSError:
+        return []
+
+
+def _examine_sni(subject: Subject, name: str, report: Report) -> None:
+    """What a client is sent that asks for this name."""
+    path = f"control/servercerts/{name}/servercert.pem"
+    host = name.replace("*", "any", 1)
+    trial = subject.try_session(server_name=host)
+    for why in _errors(trial.log):
+        explain(why, report)
+    if not trial.chain:
+        what = f"{path}: a client that asks for {host} gets no TLS: {trial.failure}"
+        report.error("certificate-sni", what, "mend the file, or remove the directory")
+    elif not certificates.covers(trial.chain[0], host):
+        names = ", ".join(certificates.host_names(trial.chain[0]))
+        what = f"{path}: a client that asks for {host} gets the certificate of {names}"
+        report.warning("certificate-sni", what, "put a certificate for that name there")
+    else:
+        _tell_of_chain(subject, trial, path, report)
+
+
+def _tell_of_no_tls(subject: Subject, trial: Trial, report: Report) -> None:
+    """Where there is no TLS: what that means, and what can be seen in the file."""
+    path = subject.path(CERTIFICATE)
+    exists = os.path.lexists(path)
+    text = "none" if exists else f"none: {CERTIFICATE} is not there"
+    report.fact("TLS", text, version="", cipher="")
+    _examine_file(path, report)
+    settings = subject.server.settings
+    if subject.server.is_smtps and not exists:
+        report.error("no-certificate", f"SMTPS is set, and there is no {CERTIFICATE}", "make cert")
+    elif settings.auth.mechanisms and settings.force_tls and trial.greeting:
+        what = "AUTH needs TLS, and TLS is not to be had: nobody can authenticate"
+        remedy = "make cert makes a certificate; or FORCETLS=0, which has passwords sent in clear"
+        report.error("auth-without-tls", what, remedy if not exists else "mend TLS, see above")
+    elif subject.is_for_users and not exists:
+        what = f"port {subject.port} is for users, and there is no TLS: no {CERTIFICATE}"
+        report.warning("no-certificate", what, "make cert")
+
+
+def _examine_file(path: str, report: Report) -> None:
+    """Look into a certificate that no client got, for the cause."""
+    try:
+        chain = certificates.load(path)
+    except (OSError, ValueError):
+        return  # the program has told
+    certificates.examine_chain(chain, CERTIFICATE, report)
+
+
+# Client certificates
+
+
+def _examine_clients(subject: Subject, report: Report) -> None:
+    clients = subject.files.list("tlsclients")
+    has_authorities = subject.files.exists("clientca.pem")
+    if clients is None:
+        return
+    if not has_authorities:
+        what = "control/tlsclients counts for nothing, as control/clientca.pem is not there"
+        remedy = "put the certificates of the clients' authorities into control/clientca.pem"
+        report.warning("tlsclients-alone", what, remedy)
+        return
+    number = certificates.examine_authorities(
+        "control/clientca.pem", "control/clientcrl.pem", report
+    )
+    text = f"{len(clients)} addresses may relay, of {number} authorities"
+    report.fact("tlsclients", text, clients=len(clients), authorities=number)

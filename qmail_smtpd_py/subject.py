@@ -1,0 +1,182 @@
+"""What qmail-smtpd-check looks at: one service, as it would be started for a client.
+
+Settings come from `smtpd.Server`, the object that serves connections, made with control files that
+remember what they were asked for: so what counts here is what counts there, and a control file or
+a variable that is added to the program is checked without a word in this file.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .control import ControlFiles
+from .effects import ControlError
+from .remedies import explain
+from .smtpd import HOME, Resources, Server
+from .tcprules import Rules, RulesError
+from .trial import CLIENT, Trial
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import TypeVar
+
+    from .chain import Chain
+    from .findings import Report
+
+    Parsed = TypeVar("Parsed")
+
+USER_PORTS = (465, 587)
+"""Where users send their mail, and no other host (RFC 8314)."""
+
+
+class WatchedFiles(ControlFiles):
+    """Control files that remember their names.  One that can not be read is told of, and counts as
+    one that is not there, so that the others are looked at, too.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self.found: set[str] = set()
+
+    def load(self, name: str, parse: Callable[[bytes | None], Parsed]) -> Parsed:
+        try:
+            return super().load(name, parse)
+        except ControlError as error:
+            explain(str(error), self._report)
+            return parse(None)
+
+    def open(self, name: str) -> int | None:
+        try:
+            descriptor = super().open(name)
+        except ControlError as error:
+            explain(str(error), self._report)
+            return None
+        if descriptor is not None:
+            self.found.add(name)
+        return descriptor
+
+    def number(self, name: str, default: int) -> int:
+        number = super().number(name, default)
+        line = self.line(name)
+        if line and not line.isdigit():
+            what = f"control/{name}: {os.fsdecode(line)!a} counts as {number}"
+            self._report.warning("not-a-number", what, "write digits only, without a unit")
+        return number
+
+
+class WatchedEnviron(dict[bytes, bytes]):
+    """An environment that remembers which variables the program asked for."""
+
+    def __init__(self, variables: Mapping[bytes, bytes]) -> None:
+        super().__init__(variables)
+        self.asked: set[bytes] = set()
+
+    def get(self, name: bytes, default=None):  # type: ignore[no-untyped-def]
+        """As dict's."""
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        if isinstance(name, bytes):
+            self.asked.add(name)
+        return super().__contains__(name)
+
+
+class Subject:
+    """The service: its environment and arguments, where it listens, and its limits.
+
+    `default_rule` is what the rules set for a client that no other rule is for, None where it is
+    turned away.  `unexported` are variables that the run file sets and does not export.
+    """
+
+    def __init__(
+        self, environ: Mapping[bytes, bytes], arguments: Sequence[bytes], chain: Chain, smtpd: str
+    ) -> None:
+        self.environ = dict(environ)
+        self.arguments = arguments
+        self.chain = chain
+        self.smtpd = smtpd
+        self.default_rule: dict[bytes, bytes] | None = {}
+        self.unexported: set[str] = set()
+        self.server: Server
+        self.files: WatchedFiles
+
+    @property
+    def port(self) -> int | None:
+        """The port, where that is known."""
+        port = self.environ.get(b"TCPLOCALPORT", b"")
+        return int(port) if port.isdigit() else self.chain.port
+
+    @property
+    def is_for_users(self) -> bool:
+        """Whether it is a port for users."""
+        return self.port in USER_PORTS
+
+    @property
+    def is_open(self) -> bool:
+        """Whether strangers get as far as the program."""
+        return self.chain.is_for_everybody and self.default_rule is not None
+
+    @property
+    def home(self) -> bytes:
+        """The qmail home."""
+        return self.environ.get(b"QMAILHOME") or HOME
+
+    def path(self, name: str) -> str:
+        """A path that is relative to the qmail home."""
+        return os.path.join(os.fsdecode(self.home), name)
+
+    def apply_rules(self, report: Report) -> None:
+        """Take what the rules set for a stranger into the environment."""
+        if self.chain.rules is None:
+            return
+        rules = Rules(self.chain.rules, self.chain.is_rules_file_optional)
+        try:
+            self.default_rule = rules.find(b"", None, None)
+        except RulesError as error:
+            explain(str(error), report)
+            return
+        self.environ.update(self.default_rule or {})
+
+    def load(self, report: Report) -> bool:
+        """Make the Server, in the qmail home; whether that was possible."""
+        self.files = WatchedFiles(report)
+        environ = WatchedEnviron(self.session_environ())
+        try:
+            Resources(self.files).go_home(self.home)
+            self.server = Server(environ, self.arguments, Resources(self.files))
+        except ControlError as error:
+            explain(str(error), report)
+            return False
+        for name in sorted(environ.asked):
+            value = environ.get(name, b"")
+            if value[:1].isdigit() and not value.isdigit() and not name.startswith(b"TCP"):
+                what = f"{os.fsdecode(name)}={os.fsdecode(value)} is no number"
+                report.warning("not-a-number", what, "write digits only, without a unit")
+        return True
+
+    def session_environ(self) -> dict[bytes, bytes]:
+        """The environment of a session with a stranger (tcp-environ(5))."""
+        environ = {
+            b"PROTO": b"TCP",
+            b"TCPLOCALIP": b"127.0.0.1",
+            b"TCPLOCALPORT": b"%d" % (self.port or 25),
+            b"TCPREMOTEIP": CLIENT,
+            b"TCPREMOTEPORT": b"65535",
+            **self.environ,
+        }
+        if self.chain.local_host is not None:
+            environ.setdefault(b"TCPLOCALHOST", os.fsencode(self.chain.local_host))
+        return environ
+
+    def try_session(self, server_name: str | None = None, **options: object) -> Trial:
+        """Have a session; see Trial."""
+        trial = Trial(self.server.is_smtps, server_name)
+        return trial.run(
+            self.smtpd,
+            self.session_environ(),
+            self.arguments,
+            self.chain.limits,
+            **options,  # type: ignore[arg-type]
+        )

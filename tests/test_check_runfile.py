@@ -1,0 +1,328 @@
+"""Run files, read without running them: what is understood, and what is said of the rest."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+
+from qmail_smtpd_py import shellwords
+from qmail_smtpd_py.runfile import RunFile
+
+ROOT = Path(__file__).resolve().parent.parent
+LAST = "exec tcpserver 0 25 qmail-smtpd 2>&1\n"
+
+
+def read(script: str, directory: str = "/service/smtp") -> RunFile:
+    return RunFile(f"#!/bin/sh\n{script}", directory)
+
+
+def variables(run: RunFile) -> dict[str, str]:
+    return {name: text for name, text in run.environ.items() if name != "PATH"}
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("a b  c", ["a", "b", "c"]),
+        ("'a b' \"c d\" e\\ f", ["a b", "c d", "e f"]),
+        ("a'b'\"c\"d", ["abcd"]),
+        ("a \\\n b", ["a", "b"]),
+        ('"a\\"b\\\\c\\d"', ['a"b\\c\\d']),
+        ("'a\\b'", ["a\\b"]),
+        ("a # not this", ["a"]),
+        ("a#b", ["a#b"]),
+        ("'' \"\"", ["", ""]),
+        ("a=1$", ["a=1$"]),
+    ],
+)
+def test_words(script: str, words: list[str]) -> None:
+    (command,) = shellwords.parse(script)
+    assert [word.literal for word in command.words] == words
+
+
+def test_operators_part_commands() -> None:
+    commands = shellwords.parse("a && b || c; d | e & f\n(g)\n")
+    assert [command.words[0].literal for command in commands] == list("abcdefg")
+    assert [command.before for command in commands] == ["", "&&", "||", ";", "|", "&", "("]
+
+
+def test_lines_are_counted() -> None:
+    commands = shellwords.parse("a\n\n# b\nc \\\n  d\ne 'f\ng'\nh\n")
+    assert [command.line for command in commands] == [1, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("script", "redirections"),
+    [
+        ("a 2>&1", ["2>&1"]),
+        ("a > /dev/null 2>&1", [">/dev/null", "2>&1"]),
+        ("a 2> /dev/null b", ["2>/dev/null"]),
+        ("a 0 25 < b", ["<b"]),
+    ],
+)
+def test_redirections(script: str, redirections: list[str]) -> None:
+    (command,) = shellwords.parse(script)
+    assert command.redirections == redirections
+    assert "25" not in redirections
+
+
+@pytest.mark.parametrize("script", ["'a", '"a', "$(a", "`a", "cat << EOF\na\nEOF\n"])
+def test_scripts_that_are_not_understood_at_all(script: str) -> None:
+    with pytest.raises(shellwords.ScriptError):
+        shellwords.parse(script)
+    assert len(read(script).notes) == 1
+
+
+# Variables
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "export A='x y'",
+        "A='x y'; export A",
+        "export A\nA='x y'\nexport A",
+        "A=old\nexport A\nA='x y'",
+        "set -a\nA='x y'",
+        "set -o allexport\nA='x y'",
+        'B=y\nexport A="x $B"',
+        "B='x y'\nexport A=\"${B}\"",
+        'export A="${B:-x y}"',
+        'B=\nexport A="${B:-x y}"',
+        "true && export A='x y'",
+        "cd /tmp && export A='x y'",
+        "export A=z; unset A; export A='x y'",
+    ],
+)
+def test_exported(script: str) -> None:
+    run = read(f"{script}\n{LAST}")
+    assert variables(run) == {"A": "x y"}
+    assert run.notes == []
+
+
+@pytest.mark.parametrize("prefix", ["A='x y' ", "env A='x y' ", "/usr/bin/env - A='x y' B= "])
+def test_set_for_the_last_command(prefix: str) -> None:
+    run = read(f"{prefix}tcpserver 0 25 qmail-smtpd 2>&1")
+    assert variables(run).pop("A") == "x y"
+    assert run.chain.port == 25
+
+
+def test_env_with_nothing_else() -> None:
+    assert read(f"export A=1\nexec env - B=2 {LAST[5:]}").environ == {"B": "2"}
+
+
+def test_envdir(tmp_path: Path) -> None:
+    (tmp_path / "env").mkdir()
+    files = {"A": "one \t\ntwo", "B": "", "C": "x\0y", ".hidden": "z"}
+    for name, text in files.items():
+        (tmp_path / "env" / name).write_text(text)
+    run = read("export B=1\nexec envdir ./env tcpserver 0 25 qmail-smtpd 2>&1", str(tmp_path))
+    assert variables(run) == {"A": "one", "C": "x\ny"}
+
+
+def test_unexported() -> None:
+    run = read(f"SMTPAUTH='!'\nUNUSED=1\nUSED=2\necho \"$USED\"\nexport DONE=3\n{LAST}")
+    assert run.unexported == [
+        (2, "SMTPAUTH", "!", False),
+        (3, "UNUSED", "1", False),
+        (4, "USED", "2", True),
+    ]
+
+
+def test_path_is_exported_already() -> None:
+    run = read(f"PATH=/opt/bin:$PATH\n{LAST}")
+    assert run.environ["PATH"].startswith("/opt/bin:")
+    assert (run.unexported, run.notes) == ([], [])
+
+
+def test_answers_that_need_no_running(tmp_path: Path) -> None:
+    (tmp_path / "me").write_text("mail.example.org\nsecond\n")
+    me, root = tmp_path / "me", pwd.getpwnam("root")
+    script = (
+        f'export A=$(head -n 1 {me}) B=`head -1 {me}` C="$(cat {tmp_path}/none 2>/dev/null)"\n'
+        "U=$(id -u root) || exit 1\n"
+        f'exec tcpserver -u $U -g "`id -g root`" -l "$A" 0 smtp qmail-smtpd 2>&1'
+    )
+    run = read(script)
+    assert variables(run) == {"A": "mail.example.org", "B": "mail.example.org", "C": ""}
+    assert (run.chain.uid, run.chain.gid, run.chain.port) == (root.pw_uid, root.pw_gid, 25)
+    assert (run.chain.local_host, run.notes) == ("mail.example.org", [])
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "export A=$(date)",
+        "export A=`uname -n | cut -c1`",
+        "export A=$((1 + 1))",
+        "export A=${B#c}",
+        "export A=$UNKNOWN",
+        "A=$1; export A",
+    ],
+)
+def test_values_that_are_not_known(script: str) -> None:
+    """They are no values: neither of the variable, nor of a missing export."""
+    run = read(f"{script}\n{LAST}")
+    assert variables(run) == {}
+    assert run.unexported == []
+    assert len(run.notes) == 1
+    assert run.notes[0].startswith("line 2: ")
+
+
+def test_nothing_is_run(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    for script in (f"export A=$(touch {made})", f"A=`touch {made}`", f"touch {made}", f". {made}"):
+        read(f"{script}\n{LAST}")
+    assert not made.exists()
+
+
+def test_no_pipe_is_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert variables(read(f"export A=$(cat {tmp_path}/pipe)\n{LAST}")) == {"A": ""}
+
+
+# Control flow
+
+
+def test_tests_that_only_exit_change_nothing() -> None:
+    script = 'if [ -z "$A" -o ! -f b ]; then\n  echo "no b"\n  exit 1\nfi\n[ -d c ] || exit 1\n'
+    run = read(script + LAST)
+    assert (run.notes, run.chain.program) == ([], "qmail-smtpd")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "if [ -f a ]; then export A=1; else export A=2; fi",
+        "[ -f a ] && export A=1",
+        "case $B in\n x) export A=1 ;;\n *) export A=2 ;;\nesac",
+        "for x in 1 2; do export A=$x; done",
+        ". ./common",
+        "source /etc/mail.conf",
+        "/usr/local/bin/prepare",
+    ],
+)
+def test_what_depends_on_something_is_noted(script: str) -> None:
+    run = read(f"{script}\n{LAST}")
+    assert len(run.notes) == 1, run.notes
+    assert variables(run) == {}
+    assert run.chain.program == "qmail-smtpd"
+
+
+# Chains
+
+
+def test_the_whole_chain() -> None:
+    run = read(
+        "exec 2>&1\nexec /usr/local/bin/softlimit -m 30000000 -o 20 nice -n 5 \\\n"
+        "  tcpserver -vRHl0 -c50 -u 78 -g '81' -x /etc/tcp.smtp.cdb 192.0.2.1 587 \\\n"
+        "  rblsmtpd -b -r bl.example fixcrio /opt/qmail-smtpd check -x true"
+    )
+    chain = run.chain
+    assert (chain.uid, chain.gid, chain.port, chain.host) == (78, 81, 587, "192.0.2.1")
+    assert (chain.concurrency, chain.rules) == (50, "/etc/tcp.smtp.cdb")
+    assert (chain.limits["as"], chain.limits["nofile"]) == (30000000, 20)
+    assert (chain.program, chain.arguments) == ("/opt/qmail-smtpd", ["check", "-x", "true"])
+    assert run.has_joined_log
+    assert run.notes == []
+
+
+def test_setuidgid_and_envuidgid() -> None:
+    nobody = pwd.getpwnam("nobody")
+    for script in ("setuidgid nobody tcpserver 0 2525", "envuidgid nobody tcpserver -U 0 25"):
+        chain = read(f"exec {script} qmail-smtpd 2>&1").chain
+        assert (chain.uid, chain.gid) == (nobody.pw_uid, nobody.pw_gid)
+
+
+def test_shell_in_the_chain() -> None:
+    script = "exec envdir /nonexistent sh -c 'exec tcpserver -c ${MAX:-7} 0 465 qmail-smtpd'"
+    run = read(script.replace("envdir /nonexistent ", "") + " 2>&1")
+    assert (run.chain.concurrency, run.chain.port, run.has_joined_log) == (7, 465, True)
+
+
+def test_listener_and_its_helper() -> None:
+    chain = read("exec qmail-smtpd-listen -c 9 --idle=3 0 587 check true 2>&1").chain
+    assert (chain.program, chain.port) == ("qmail-smtpd-listen", 587)
+    assert chain.arguments == ["check", "true"]
+    chain = read("exec qmail-smtpd-listen --helper=/run/tls 2>&1").chain
+    assert (chain.program, chain.helper, chain.port) == ("qmail-smtpd-listen", "/run/tls", None)
+
+
+def test_program_that_is_not_known() -> None:
+    run = read("exec tcpserver 0 25 spamdyke -f /etc/spamdyke.conf /opt/qmail-smtpd a b 2>&1")
+    assert (run.chain.program, run.chain.arguments) == ("/opt/qmail-smtpd", ["a", "b"])
+    assert run.notes == ["line 2: what `spamdyke` changes for qmail-smtpd is not counted"]
+
+
+def test_option_that_is_not_known() -> None:
+    run = read("exec tcpserver --new 0 25 qmail-smtpd 2>&1")
+    assert run.chain.program == "qmail-smtpd"
+    assert len(run.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "is_for_everybody"),
+    [("0", True), ("192.0.2.1", True), ("127.0.0.1", False), ("localhost", False), ("::1", False)],
+)
+def test_who_can_connect(host: str, is_for_everybody: bool) -> None:
+    chain = read(f"exec tcpserver {host} 25 qmail-smtpd 2>&1").chain
+    assert chain.is_for_everybody is is_for_everybody
+
+
+@pytest.mark.parametrize("end", ["", "2>/dev/console", ">&2"])
+def test_where_the_log_goes(end: str) -> None:
+    assert read(f"exec tcpserver 0 25 qmail-smtpd {end}").has_joined_log is (end != "")
+
+
+def test_pipe_behind_the_last_command() -> None:
+    run = read("tcpserver 0 25 qmail-smtpd 2>&1 | splogger smtpd 3 &")
+    assert (run.has_joined_log, run.chain.program, run.notes) == (True, "qmail-smtpd", [])
+
+
+# The documents' run files
+
+
+def run_files_of(document: str) -> list[str]:
+    """The scripts in a document: indented, from #! to the last line of qmail-smtpd's."""
+    found, script = [], None
+    for line in (ROOT / document).read_text().splitlines():
+        if line.startswith("    #!/bin/sh"):
+            script = []
+        if script is not None and line.startswith("    "):
+            script.append(line[4:])
+        elif script:
+            found.append("\n".join(script))
+            script = None
+    return [text for text in found if "tcpserver" in text or "qmail-smtpd-listen" in text]
+
+
+def test_the_run_file_of_readme() -> None:
+    (script,) = run_files_of("README.md")
+    run = read(script.partition("\n")[2])
+    assert variables(run) == {"SMTPAUTH": "!"}
+    assert (run.chain.port, run.chain.concurrency) == (587, 100)
+    assert run.chain.limits["as"] == 64_000_000
+    assert run.chain.arguments == ["/home/vpopmail/bin/vchkpw", "/bin/true"]
+    assert run.has_joined_log
+    # Its user comes from variables that are set elsewhere.
+    assert [note.partition(" is")[0] for note in run.notes] == [
+        'line 5: "$QMAILDUID"',
+        'line 5: "$NOFILESGID"',
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("run/*/run")), ids=lambda path: path.parent.name)
+def test_run_files_that_are_shipped(path: Path) -> None:
+    """All is understood but a user that this host has not."""
+    run = read(path.read_text().partition("\n")[2])
+    assert run.chain.program is not None
+    assert run.has_joined_log
+    assert run.unexported == []
+    assert run.chain.limits["as"] == 64_000_000
+    assert [note for note in run.notes if "qmaild" not in note and "UID" not in note] == []

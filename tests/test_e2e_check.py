@@ -1,0 +1,657 @@
+"""qmail-smtpd-check: each problem, made for real, has its level, its cause and its remedy.
+
+The service's user is a real one without privileges, and what is checked are the installed programs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from e2e.checking import FAILED, FINE, compile_rules
+from e2e.programs import lack, mail_user, need
+from e2e.service import DOMAIN, NAME, RUN
+
+pytest_plugins = ["e2e.fixtures", "e2e.checking"]
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture
+def passwords(checked, users_file):
+    """The embedded check program with a users file, as arguments of qmail-smtpd."""
+    checked.home.control("smtpusers", users_file, 0o640)
+    return (checked.home.programs / "checkpassword-users", need("true")[0])
+
+
+# Nothing wrong
+
+
+def test_fine(checked):
+    """A service without problems: each fact in its line, the counts at the end."""
+    found = checked.find()
+    assert (found.status, found.codes, found.report["notes"]) == (FINE, [], [])
+    text = checked.text(found)
+    assert text.endswith("\nno errors, no warnings\n")
+    assert all(fact["text"] in text for fact in found.report["facts"])
+    assert all(len(line) < 200 for line in text.splitlines())
+    assert found.fact("greeting")["text"] == NAME
+    assert found.fact("port")["port"] == 25
+    assert found.fact("client sees")["offers"][1:] == [
+        "STARTTLS", "PIPELINING", "8BITMIME", "SIZE 0",
+    ]  # fmt: skip
+    assert found.fact("TLS")["version"] == "TLSv1.3"
+    assert found.fact("certificate")["days_left"] in (89, 90)
+    assert found.fact("certificate")["key"] == "ECDSA secp256r1"
+    assert found.fact("rcpthosts")["text"] == f"1: {DOMAIN}"
+    assert {"me", "rcpthosts", "timeoutsmtpd"} <= set(found.fact("control files")["files"])
+
+
+def test_nothing_is_changed_and_no_mail_is_taken(checked):
+    before = sorted(path.name for path in checked.home.path.rglob("*"))
+    checked.find()
+    after = sorted(path.name for path in checked.home.path.rglob("*"))
+    assert after == sorted([*before, "run"])
+
+
+@as_root
+def test_it_is_the_user_of_the_run_file(checked):
+    found = checked.find()
+    user = mail_user()
+    assert found.fact("service")["uid"] == user.pw_uid
+    assert f"as {user.pw_name}:" in found.fact("service")["text"]
+
+
+def test_auth(checked, passwords):
+    found = checked.find(port=587, exports={"SMTPAUTH": "!+cram"}, check=passwords)
+    assert (found.status, found.codes) == (FINE, [])
+    fact = found.fact("AUTH")
+    assert fact["mechanisms"] == ["LOGIN", "PLAIN", "CRAM-MD5"]
+    assert (fact["needs_tls"], fact["required"]) == (True, True)
+    assert "AUTH LOGIN PLAIN CRAM-MD5" in found.fact("under TLS")["offers"]
+    assert not any("AUTH" in line for line in found.fact("client sees")["offers"])
+    assert found.fact("users")["users"] == 2
+
+
+def test_auth_in_clear_is_told(checked, passwords):
+    exports = {"SMTPAUTH": "", "FORCETLS": "0"}
+    found = checked.find(port=587, exports=exports, check=passwords)
+    assert (found.status, found.codes) == (FINE, [])
+    assert found.fact("AUTH")["text"] == "LOGIN PLAIN, in clear, too"
+    assert "AUTH LOGIN PLAIN" in found.fact("client sees")["offers"]
+
+
+def test_port_465(checked, passwords):
+    found = checked.find(port=465, exports={"SMTPAUTH": "!", "SMTPS": "1"}, check=passwords)
+    assert (found.status, found.codes) == (FINE, [])
+    assert found.fact("TLS")["text"].startswith("at once (SMTPS): TLSv1.3")
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in RUN.glob("*/run")))
+def test_run_files_that_are_shipped(checked, passwords, name):
+    """With the places and users of this host in them, there is nothing to be said of them."""
+    home, text = checked.home, (RUN / name / "run").read_text()
+    for rules in ("tcp.smtp", "tcp.submission"):
+        compile_rules(home.path / rules, (RUN / rules).read_text())
+    for old, new in (
+        ("#!/bin/sh\n", f"#!/bin/sh\nexport QMAILHOME={home.path}\n"),
+        ("/usr/local/qmail-smtpd-py/bin", str(home.programs)),
+        ("/var/qmail", str(home.path)),
+        ("/etc/tcp.", f"{home.path}/tcp."),
+        ("-u qmaild)", f"-u {mail_user().pw_name})"),
+        ("-g qmaild)", f"-g {mail_user().pw_name})"),
+    ):
+        assert old in text or old in ("/etc/tcp.", "/var/qmail"), old
+        text = text.replace(old, new)
+    (home.path / "run").write_text(text)
+    found = checked.find("--env-from", home.path / "run")
+    assert (found.status, found.codes, found.report["notes"]) == (FINE, [], [])
+
+
+def test_environment_of_its_own(checked, passwords):
+    """Without a run file: variables, --user, and the check program as arguments."""
+    environ = {"QMAILHOME": str(checked.home.path), "SMTPAUTH": "!"}
+    found = checked.find("--user", mail_user().pw_name, *passwords, environ=environ)
+    assert (found.status, found.codes) == (FINE, [])
+    assert found.fact("check program")["text"] == " ".join(map(str, passwords))
+
+
+@as_root
+def test_root_without_a_user(checked):
+    found = checked.find("true", environ={"QMAILHOME": str(checked.home.path)})
+    assert "no-user" in found.codes
+    assert "--user NAME" in found.problem("no-user")["remedy"]
+
+
+def test_envdir(checked, passwords):
+    directory = checked.home.path / "env"
+    directory.mkdir()
+    for name, text in {"QMAILHOME": str(checked.home.path), "SMTPAUTH": "cram \nrest"}.items():
+        (directory / name).write_text(text)
+    found = checked.find("--env-from", directory, "--user", mail_user().pw_name, *passwords)
+    assert found.codes == []
+    assert found.fact("AUTH")["mechanisms"] == ["CRAM-MD5"]
+
+
+@pytest.mark.parametrize("arguments", [["--env-from", "/nonexistent"], ["--user", "no.such"]])
+def test_misuse(checked, arguments):
+    command = [checked.program, *arguments]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout) == (100, "")
+    assert ended.stderr.startswith("qmail-smtpd-check: ")
+
+
+@as_root
+def test_another_user_can_not_become_the_service(checked):
+    """It says so, and goes on with its own rights."""
+    (setpriv,) = need("setpriv")
+    run = checked.run_file()
+    command = [setpriv, "--reuid=12345", "--regid=12345", "--clear-groups", checked.program]
+    ended = subprocess.run(
+        [*command, "--env-from", run], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == FAILED
+    assert "run qmail-smtpd-check as root" in ended.stdout
+    assert "Permission denied (uid 12345)" in ended.stdout
+
+
+# Control files
+
+
+@as_root
+def test_control_file_that_the_user_can_not_read(checked):
+    path = checked.home.control("badmailfrom", "joe@example.net", 0o600)
+    os.chown(path, 0, 0)
+    problem = checked.find().only("unreadable", "error")
+    uid = mail_user().pw_uid
+    assert problem["what"] == f"cannot read control/badmailfrom: Permission denied (uid {uid})"
+    assert problem["cause"] == f"{path} is root:root 0600"
+    assert problem["remedy"] == f"chmod a+r {path}"
+
+
+@as_root
+def test_two_of_them_are_both_told(checked):
+    for name in ("badmailfrom", "rcpthosts"):
+        checked.home.control(name, DOMAIN, 0o000)
+    found = checked.find()
+    whats = " ".join(problem["what"] for problem in found.report["problems"])
+    assert found.codes == ["unreadable"] * 2
+    assert "control/badmailfrom" in whats
+    assert "control/rcpthosts" in whats
+
+
+def test_text_has_each_problem_and_ends_in_the_counts(checked):
+    found = checked.find(exports={"SMTPAUTH": "yes"}, end="")
+    assert found.codes == ["no-check-program", "no-log", "smtpauth-value"]
+    text = checked.text(found)
+    assert text.endswith("\n1 error, 2 warnings\n")
+    words = " ".join(text.split())
+    for problem in found.report["problems"]:
+        assert f"{problem['level'].upper()} {problem['what']}" in words
+        assert f"remedy {problem['remedy']}" in words
+
+
+@as_root
+def test_directory_that_the_user_may_not_enter(checked):
+    control = checked.home.path / "control"
+    control.chmod(0o700)
+    found = checked.find()
+    assert found.status == FAILED
+    problem = found.report["problems"][0]
+    assert f"{control} (root:root 0700) may not be entered" in problem["cause"]
+    assert problem["remedy"] == f"chmod a+x {control}"
+
+
+def test_no_me(checked):
+    (checked.home.path / "control/me").unlink()
+    problem = checked.find().only("no-me", "error")
+    assert "control/me" in problem["remedy"]
+
+
+def test_no_home(checked):
+    found = checked.find(exports={"QMAILHOME": "/nonexistent"})
+    assert "QMAILHOME" in found.problem("no-home")["remedy"]
+
+
+@pytest.mark.parametrize(("text", "counts"), [("10M", 10), ("20 MB", 20)])
+def test_number_with_a_unit(checked, text, counts):
+    checked.home.control("databytes", text)
+    found = checked.find()
+    assert found.codes == ["not-a-number", "databytes"]
+    assert found.problem("not-a-number")["what"].endswith(f"counts as {counts}")
+    assert found.fact("limits")["databytes"] == counts
+
+
+def test_limits_are_told(checked):
+    checked.home.control("databytes", "10000000")
+    checked.home.control("maxrcpt", "77")
+    found = checked.find(options=["-c", "9"])
+    assert found.codes == []
+    limits = found.fact("limits")
+    assert (limits["databytes"], limits["recipients"], limits["timeout"]) == (10000000, 77, 30)
+    assert found.fact("concurrency")["sessions"] == 9
+
+
+# The run file
+
+
+@pytest.mark.parametrize("line", ["SMTPAUTH=!", "FORCETLS=0", "RELAYCLIENT=''"])
+def test_not_exported(checked, line):
+    problem = checked.find(script=line).only("not-exported", "error")
+    name, _, value = line.partition("=")
+    assert problem["what"].startswith(f"line 3 sets {name}={value.strip(chr(39))!r} without export")
+    assert problem["remedy"] == f"export {name}"
+
+
+def test_not_exported_on_a_port_for_users(checked, passwords):
+    """The cause is told, and not what follows from it, once more."""
+    checked.find(port=587, script="SMTPAUTH='!'", check=passwords).only("not-exported", "error")
+
+
+def test_variable_that_the_script_uses_is_none_of_ours(checked):
+    assert checked.find(script='MAX=20\necho "$MAX"').codes == []
+
+
+def test_no_2_1(checked):
+    problem = checked.find(end="").only("no-log", "warning")
+    assert "2>&1" in problem["remedy"]
+    assert checked.find(end="", script="exec 2>&1").codes == []
+
+
+@pytest.mark.parametrize("port", [587, 465])
+def test_port_for_users_without_auth(checked, port):
+    exports = {"SMTPS": "1"} if port == 465 else {}
+    problem = checked.find(port=port, exports=exports).only("no-auth", "warning")
+    assert problem["remedy"].startswith("export SMTPAUTH='!'")
+
+
+def test_port_465_without_smtps(checked, passwords):
+    found = checked.find(port=465, exports={"SMTPAUTH": "!"}, check=passwords)
+    assert "export SMTPS=1" in found.only("no-smtps", "warning")["remedy"]
+
+
+def test_port_25_with_smtps(checked):
+    checked.find(exports={"SMTPS": "1"}).only("smtps-port", "warning")
+
+
+def test_what_was_not_understood_is_said(checked):
+    found = checked.find(script="export QMAILQUEUE=$(/bin/pick a queue)\n. /etc/mail.conf")
+    assert found.codes == []
+    assert len(found.report["notes"]) == 2
+    assert all(note in checked.text(found) for note in found.report["notes"])
+
+
+def test_no_qmail_smtpd_in_it(checked):
+    run = checked.home.path / "run"
+    run.write_text(f"#!/bin/sh\nexport QMAILHOME={checked.home.path}\nexec tcpserver 0 25 date\n")
+    found = checked.find("--env-from", run, "--user", mail_user().pw_name)
+    found.only("no-program", "warning")
+
+
+def test_no_such_user_in_it(checked):
+    found = checked.find(script='ID=$(id -u no.such.user)\necho "$ID"')
+    assert "no.such.user" in found.only("no-such-user", "error")["what"]
+
+
+def test_another_program_in_it(checked):
+    other = checked.home.program("qmail-smtpd", "exit 1")
+    problem = checked.find(program=other).only("other-program", "warning")
+    assert str(other) in problem["what"]
+
+
+@as_root
+def test_service_as_root(checked):
+    command = f"tcpserver 0 25 {checked.home.programs}/qmail-smtpd 2>&1"
+    run = checked.home.path / "run"
+    run.write_text(f"#!/bin/sh\nexport QMAILHOME={checked.home.path}\nexec {command}\n")
+    checked.find("--env-from", run).only("root", "warning")
+    run.write_text(run.read_text().replace("tcpserver 0", "tcpserver -u 65534 0"))
+    assert "root-group" in checked.find("--env-from", run).codes
+
+
+# AUTH
+
+
+@pytest.mark.parametrize(
+    ("value", "means"),
+    [
+        ("!login", "LOGIN PLAIN; MAIL needs it"),
+        ("-cram", "no AUTH"),
+        ("yes", "LOGIN PLAIN"),
+        ("!-cram", "LOGIN PLAIN; MAIL needs it"),
+    ],
+)
+def test_smtpauth_that_is_none_of_the_values(checked, passwords, value, means):
+    found = checked.find(exports={"SMTPAUTH": value}, check=passwords)
+    problem = found.only("smtpauth-value", "warning")
+    assert problem["what"] == f"SMTPAUTH={value!r} is none of the values; it means: {means}"
+
+
+@pytest.mark.parametrize(
+    "value", ["", "-", "0", "!", "cram", "+cram", "!cram", "!+CRAM", "cram-md5"]
+)
+def test_smtpauth_that_means_what_it_says(checked, passwords, value):
+    assert checked.find(exports={"SMTPAUTH": value}, check=passwords).codes == []
+
+
+@pytest.mark.parametrize("value", ["no", "off", "00"])
+def test_forcetls_that_does_not_turn_it_off(checked, passwords, value):
+    exports = {"SMTPAUTH": "!", "FORCETLS": value}
+    problem = checked.find(exports=exports, check=passwords).only("forcetls-value", "warning")
+    assert "only FORCETLS=0 turns it off" in problem["remedy"]
+
+
+def test_smtps_that_does_not_turn_it_off(checked):
+    found = checked.find(exports={"SMTPS": "0"})
+    assert found.codes == ["smtps-port", "smtps-value"]
+
+
+def test_check_program_true(checked):
+    (true,) = need("true")
+    found = checked.find(port=587, exports={"SMTPAUTH": "!"}, check=(true, true))
+    problem = found.only("check-program-true", "error")
+    assert "an open relay to everybody" in problem["cause"]
+
+
+def test_no_check_program(checked):
+    found = checked.find(exports={"SMTPAUTH": "!"})
+    found.only("no-check-program", "error")
+
+
+def test_check_program_that_is_never_asked(checked, passwords):
+    problem = checked.find(check=passwords).only("no-auth", "warning")
+    assert problem["remedy"].startswith("export SMTPAUTH=''")
+
+
+def test_check_program_that_is_not_there(checked):
+    found = checked.find(exports={"SMTPAUTH": "!"}, check=("/no/such/vchkpw", "/bin/true"))
+    assert "/no/such/vchkpw is not there" in found.only("check-program", "error")["what"]
+
+
+def test_host_name_before_the_check_program(checked, passwords):
+    found = checked.find(exports={"SMTPAUTH": "!"}, check=(NAME, *passwords))
+    problem = found.only("check-program", "error")
+    assert problem["cause"].startswith("older patches")
+    assert problem["remedy"].startswith(f"take {NAME} off")
+
+
+def test_check_program_that_is_not_executable(checked):
+    program = checked.home.program("checkpw", "exit 0")
+    program.chmod(0o644)
+    found = checked.find(exports={"SMTPAUTH": "!"}, check=(program, "/bin/true"))
+    assert f"chmod a+rx {program}" in found.only("check-program", "error")["remedy"]
+
+
+def test_check_program_without_its_first_line(checked):
+    program = checked.home.program("checker", "")
+    program.write_text("exit 0\n")
+    found = checked.find(exports={"SMTPAUTH": "!"}, check=(program, "/bin/true"))
+    assert "#!/bin/sh" in found.only("check-program", "error")["remedy"]
+
+
+def test_check_program_whose_interpreter_is_not_there(checked):
+    program = checked.home.program("checker", "")
+    program.write_bytes(b"#!/bin/sh\r\nexit 0\r\n")
+    found = checked.find(exports={"SMTPAUTH": "!"}, check=(program, "/bin/true"))
+    assert "'/bin/sh\\r'" in found.only("check-program", "error")["what"]
+
+
+@as_root
+def test_check_program_that_is_not_setuid(checked):
+    program = checked.home.path / "bin/vchkpw"
+    shutil.copy(need("true")[0], program)
+    program.chmod(0o755)
+    service = {"exports": {"SMTPAUTH": "!"}, "check": (program, "/bin/true")}
+    problem = checked.find(**service).only("check-program-setuid", "warning")
+    assert "vpopmail's database" in problem["cause"]
+    program.chmod(0o4711)
+    if os.statvfs(program).f_flag & os.ST_NOSUID:
+        lack("a file system on which programs can be setuid")
+    assert checked.find(**service).codes == []
+
+
+@pytest.mark.parametrize(("behind", "code"), [((), "no-subprogram"), (("/no/such",), "subprogram")])
+def test_what_the_check_program_runs(checked, passwords, behind, code):
+    found = checked.find(exports={"SMTPAUTH": "!"}, check=(passwords[0], *behind))
+    assert "/bin/true" in found.only(code, "error")["remedy"]
+
+
+@as_root
+def test_users_file(checked, passwords):
+    service = {"exports": {"SMTPAUTH": "!"}, "check": passwords}
+    path = checked.home.path / "control/smtpusers"
+    path.chmod(0o644)
+    assert "chmod g-w,o=" in checked.find(**service).only("users-file", "error")["remedy"]
+    path.chmod(0o600)
+    problem = checked.find(**service).only("users-file", "error")
+    assert "root:" in problem["cause"]
+    path.unlink()
+    problem = checked.find(**service).only("users-file", "error")
+    assert problem["remedy"] == "qmail-smtpd-users set USER makes it"
+
+
+# Relaying
+
+
+def test_no_rcpthosts(checked):
+    (checked.home.path / "control/rcpthosts").unlink()
+    problem = checked.find().only("no-rcpthosts", "error")
+    assert "open relay" in problem["what"]
+    assert str(checked.home.path / "control/rcpthosts") in problem["remedy"]
+
+
+def test_no_rcpthosts_where_mail_needs_auth(checked, passwords):
+    (checked.home.path / "control/rcpthosts").unlink()
+    found = checked.find(port=587, exports={"SMTPAUTH": "!"}, check=passwords)
+    assert found.codes == []
+    assert "who has authenticated" in found.fact("rcpthosts")["text"]
+
+
+def test_no_rcpthosts_for_this_host_alone(checked):
+    (checked.home.path / "control/rcpthosts").unlink()
+    assert checked.find(host="127.0.0.1").codes == []
+
+
+def test_relayclient_for_everybody(checked):
+    checked.find(exports={"RELAYCLIENT": ""}).only("open-relay", "error")
+
+
+def test_rules(checked):
+    cdb = compile_rules(
+        checked.home.path / "tcp.smtp", '127.:allow,RELAYCLIENT=""\n10.:deny\n:allow'
+    )
+    found = checked.find(options=["-x", cdb])
+    assert found.codes == []
+    assert found.fact("rules")["rules"] == 3
+    assert "1 deny" in found.fact("rules")["text"]
+    assert found.fact("relaying")["addresses"] == ["127."]
+
+
+def test_rules_that_let_everybody_relay(checked):
+    cdb = compile_rules(checked.home.path / "tcp.smtp", ':allow,RELAYCLIENT=""\n')
+    found = checked.find(options=["-x", cdb])
+    assert "the rule for everybody" in found.only("open-relay", "error")["what"]
+
+
+def test_rules_that_turn_strangers_away(checked):
+    """Who is left may relay: that is what such rules are for."""
+    cdb = compile_rules(checked.home.path / "tcp.smtp", '10.:allow,RELAYCLIENT=""\n:deny\n')
+    (checked.home.path / "control/rcpthosts").unlink()
+    assert checked.find(options=["-x", cdb]).codes == []
+
+
+def test_rule_with_a_value_that_is_none(checked):
+    cdb = compile_rules(checked.home.path / "tcp.smtp", '10.:allow,FORCETLS="no"\n:allow\n')
+    problem = checked.find(options=["-x", cdb]).only("forcetls-value", "warning")
+    assert problem["what"].startswith(f"{cdb}: 10.: FORCETLS='no'")
+
+
+def test_rules_that_are_older_than_their_source(checked):
+    cdb = compile_rules(checked.home.path / "tcp.smtp", ":allow\n")
+    source = checked.home.path / "tcp.smtp"
+    os.utime(cdb, (1, 1))
+    problem = checked.find(options=["-x", cdb]).only("rules-stale", "warning")
+    assert problem["remedy"] == f"tcprules {cdb} {source}.tmp < {source}"
+
+
+@as_root
+def test_rules_that_the_user_can_not_read(checked):
+    cdb = compile_rules(checked.home.path / "tcp.smtp", ":allow\n")
+    cdb.chmod(0o600)
+    problem = checked.find(options=["-x", cdb]).only("unreadable", "error")
+    assert problem["remedy"] == f"chmod a+r {cdb}"
+
+
+def test_rules_that_are_not_there(checked):
+    cdb = checked.home.path / "none.cdb"
+    problem = checked.find(options=["-x", cdb]).only("unreadable", "error")
+    assert problem["remedy"].startswith(f"tcprules {cdb} ")
+    assert checked.find(options=["-x", cdb, "-X"]).codes == []
+
+
+@pytest.mark.parametrize("left", [1000, 2060])
+def test_rules_that_are_damaged(checked, left):
+    cdb = compile_rules(checked.home.path / "tcp.smtp", "10.:deny\n127.:allow\n:allow\n")
+    os.truncate(cdb, left)
+    found = checked.find(options=["-x", cdb])
+    assert found.status == FAILED
+    assert "tcprules" in found.problem("rules-damaged")["remedy"]
+
+
+def more_hosts(home, *domains):
+    """control/morercpthosts.cdb, as qmail-newmrh makes it, and its source."""
+    compile_rules(
+        home.path / "control/morercpthosts", "".join(f"{name}:allow\n" for name in domains)
+    )
+    return home.control("morercpthosts", "\n".join(domains))
+
+
+def test_more_hosts(checked):
+    more_hosts(checked.home, "example.com", ".example.net")
+    found = checked.find()
+    assert found.codes == []
+    assert found.fact("more hosts")["domains"] == 2
+
+
+def test_more_hosts_that_are_stale(checked):
+    more_hosts(checked.home, "example.com")
+    checked.home.control("morercpthosts", "example.com\nexample.edu")
+    assert checked.find().only("morercpthosts-stale", "warning")["remedy"] == "run qmail-newmrh"
+    (checked.home.path / "control/morercpthosts.cdb").unlink()
+    checked.find().only("morercpthosts-stale", "warning")
+
+
+def test_more_hosts_that_are_damaged(checked):
+    more_hosts(checked.home, "example.com")
+    os.truncate(checked.home.path / "control/morercpthosts.cdb", 2050)
+    assert checked.find().only("morercpthosts-damaged", "error")["remedy"] == "run qmail-newmrh"
+
+
+# qmail-queue
+
+
+def test_qmail_queue_that_is_not_there(checked):
+    (checked.home.path / "bin/qmail-queue").unlink()
+    assert "is not there" in checked.find().only("qmail-queue", "error")["what"]
+
+
+def test_qmailqueue_that_is_not_executable(checked):
+    program = checked.home.program("filter", "exit 0")
+    program.chmod(0o644)
+    problem = checked.find(exports={"QMAILQUEUE": program}).only("qmail-queue", "error")
+    assert problem["remedy"] == f"chmod a+rx {program}; it is named by QMAILQUEUE"
+
+
+@as_root
+def test_maildir_that_the_user_can_not_write(checked):
+    os.chown(checked.home.maildir, 0, 0)
+    problem = checked.find().only("maildir", "error")
+    assert "chown -R" in problem["remedy"]
+
+
+@pytest.fixture
+def queue(checked):
+    """A queue as qmail has it, and a compiled program in the place of qmail-queue."""
+    program = checked.home.path / "bin/qmail-queue"
+    program.unlink()
+    shutil.copy(need("true")[0], program)
+    owner = mail_user().pw_uid + 1 if os.getuid() == 0 else os.getuid()
+    directory = checked.home.path / "queue"
+    for name in ("pid", "intd", "todo", "mess/0", "lock"):
+        (directory / name).mkdir(parents=True)
+        os.chown(directory / name, owner, -1)
+    os.mkfifo(directory / "lock/trigger")
+    os.chown(program, owner, -1)
+    program.chmod(0o4711)
+    directory.chmod(0o750)
+    return directory
+
+
+@as_root
+def test_queue(checked, queue):
+    found = checked.find()
+    assert (found.status, found.codes) == (FINE, [])
+
+
+@as_root
+def test_qmail_queue_that_is_not_setuid(checked, queue):
+    (queue.parent / "bin/qmail-queue").chmod(0o711)
+    problem = checked.find().only("qmail-queue-setuid", "error")
+    assert "chmod 4711" in problem["remedy"]
+
+
+@as_root
+def test_queue_that_can_not_be_written(checked, queue):
+    os.chown(queue / "todo", 0, 0)
+    problem = checked.find().only("queue", "error")
+    assert problem["what"].startswith(f"{queue}/todo is not writable for ")
+
+
+@as_root
+def test_queue_without_trigger(checked, queue):
+    (queue / "lock/trigger").unlink()
+    checked.find().only("queue-trigger", "warning")
+
+
+@as_root
+def test_queue_that_is_not_there(checked, queue):
+    shutil.rmtree(queue)
+    checked.find().only("queue", "error")
+
+
+# Memory
+
+
+def test_memory_limit_that_is_too_low_for_tls(checked):
+    found = checked.find(memory=20_000_000)
+    assert found.status == FAILED
+    assert "memory" in found.codes
+    assert any("softlimit -m 64000000" in problem["remedy"] for problem in found.report["problems"])
+    assert found.fact("memory")["limit"] == 20_000_000
+    assert found.fact("memory")["needed"] >= 30_000_000
+
+
+def test_memory_limit_that_is_too_low_for_anything(checked):
+    found = checked.find(memory=4_000_000)
+    assert found.status == FAILED
+    assert "-m 64000000" in found.problem("session")["remedy"]
+
+
+def test_memory_limit_is_that_without_tls_where_there_is_none(checked):
+    (checked.home.path / "control/servercert.pem").unlink()
+    found = checked.find(memory=20_000_000)
+    assert found.codes == []
+
+
+def test_memory_needs_are_those_of_the_documents():
+    from qmail_smtpd_py.check_limits import MEMORY_NEEDS
+
+    readme = (RUN.parent / "README.md").read_text().partition("## Memory")[2]
+    versions = re.search(r"\| \| Python 3\.(\d+) \| 3\.(\d+) \| 3\.(\d+) \|", readme)
+    rows = re.findall(r"\| with(?:out)? TLS.* \| (\d+) MB \| (\d+) MB \| (\d+) MB \|", readme)
+    assert versions and len(rows) == 2
+    columns = zip(*([int(text) for text in row] for row in rows))
+    assert dict(zip(map(int, versions.groups()), columns)) == MEMORY_NEEDS
