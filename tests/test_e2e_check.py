@@ -15,7 +15,7 @@ from e2e.checking import FAILED, FINE, compile_rules
 from e2e.programs import lack, mail_user, need
 from e2e.service import DOMAIN, NAME, RUN
 
-pytest_plugins = ["e2e.fixtures", "e2e.checking"]
+pytest_plugins = ["e2e.fixtures"]
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 

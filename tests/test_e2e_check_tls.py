@@ -11,7 +11,7 @@ from e2e.checking import FAILED
 from e2e.programs import need
 from e2e.service import NAME
 
-pytest_plugins = ["e2e.fixtures", "e2e.checking"]
+pytest_plugins = ["e2e.fixtures"]
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 

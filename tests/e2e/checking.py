@@ -6,13 +6,9 @@ import json
 import os
 import shlex
 import subprocess
-from contextlib import suppress
 
-import pytest
-
-from .certificates import Certificate
-from .programs import find, mail_user, need
-from .service import NAME, Home
+from .programs import find, mail_user
+from .service import NAME
 
 FINE, WARNED, FAILED = 0, 1, 2
 
@@ -113,29 +109,6 @@ class Checked:
         return subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=120, env=env
         )
-
-
-@pytest.fixture(scope="session")
-def long_authority():
-    """An authority that is valid for long enough."""
-    return Certificate("Check Root", authority=True, days=900)
-
-
-@pytest.fixture(scope="session")
-def long_certificate(long_authority):
-    """A certificate of it that has nothing wrong."""
-    return Certificate(NAME, issuer=long_authority, days=90)
-
-
-@pytest.fixture
-def checked(programs, long_certificate):
-    """A home with nothing wrong in it, to be checked."""
-    need("tcprules")
-    home = Home(programs)
-    home.certificate(long_certificate.key_pem + long_certificate.chain)
-    yield Checked(home)
-    with suppress(FileNotFoundError):
-        home.remove()
 
 
 def compile_rules(path, rules):

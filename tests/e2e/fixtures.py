@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from .certificates import Certificate
+from .checking import Checked
 from .letter import NO_CRAM_USER, PASSWORD, USER, odd_letter
-from .programs import prepare
+from .programs import need, prepare
 from .service import NAME, Home, Service
 
 
@@ -90,3 +91,28 @@ def check(programs):
 def letter(tmp_path):
     """A message that is hard to send; see odd_letter."""
     return odd_letter(tmp_path / "letter")
+
+
+# For qmail-smtpd-check
+
+
+@pytest.fixture(scope="session")
+def long_authority():
+    """An authority that is valid for long enough."""
+    return Certificate("Check Root", authority=True, days=900)
+
+
+@pytest.fixture(scope="session")
+def long_certificate(long_authority):
+    """A certificate of it that has nothing wrong."""
+    return Certificate(NAME, issuer=long_authority, days=90)
+
+
+@pytest.fixture
+def checked(programs, long_certificate):
+    """A home with nothing wrong in it, to be checked."""
+    need("tcprules")
+    home = Home(programs)
+    home.certificate(long_certificate.key_pem + long_certificate.chain)
+    yield Checked(home)
+    home.remove()
