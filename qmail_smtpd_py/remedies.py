@@ -55,6 +55,9 @@ _REMEDIES = (
 )
 """What an error line matches, the code of the problem, and what to do."""
 
+_GOES_ON = re.compile("no such cipher|dh2048|no help from")
+"""Where a session goes on as well as it would without what is wrong."""
+
 _UNREADABLE = re.compile(r"cannot read (?:control/)?(\S+?)(?:: )")
 _MISSING_RIGHT = re.compile(r"(control/\S+?): (Permission denied)")
 
@@ -69,7 +72,8 @@ def explain(why: str, report: Report) -> None:
         return
     for pattern, code, remedy in _REMEDIES:
         if re.search(pattern, why):
-            report.error(code, why, remedy)
+            tell = report.warning if _GOES_ON.search(why) else report.error
+            tell(code, why, remedy)
             return
     report.error("program", why, "docs/log.md has the causes of what the log says")
 

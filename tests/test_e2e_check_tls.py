@@ -178,11 +178,23 @@ def test_no_certificate(checked, users_port):
 
 
 def test_ciphers_that_are_not_there(checked):
+    checked.home.control("tlsserverciphers", "ECDHE-RSA-NOSUCH:ECDHE+AESGCM")
+    problem = checked.find().only("ciphers", "warning")
+    assert problem["what"] == "no such cipher: ECDHE-RSA-NOSUCH; left out"
+    assert "openssl ciphers" in problem["remedy"]
     checked.home.control("tlsserverciphers", "ECDHE-RSA-NOSUCH")
     found = checked.find()
-    problem = found.problem("ciphers")
-    assert "ECDHE-RSA-NOSUCH" in problem["what"]
-    assert "openssl ciphers" in problem["remedy"]
+    assert found.status == FAILED
+    assert [problem["level"] for problem in found.report["problems"]] == ["error", "warning"]
+
+
+def test_minimum_version_that_is_none(checked):
+    checked.home.control("tlsminversion", "TLSv1.3")
+    assert checked.find().only("tls-minimum", "error")["remedy"] == "write 1.2 or 1.3"
+    checked.home.control("tlsminversion", "1.3")
+    found = checked.find()
+    assert found.codes == []
+    assert found.fact("TLS")["text"].endswith("no TLSv1.2")
 
 
 # Client certificates
