@@ -38,11 +38,8 @@ _REMEDIES = (
     (r"passphrase", "key-passphrase", "take it off: openssl pkey -in key.pem -out plain.pem"),
     (r"is not installed", "not-installed", "make install again"),
     (r"key too small|md too weak", "certificate-weak", "get a certificate with a key of 2048 bits"),
-    (
-        r"no such cipher|cipher",
-        "ciphers",
-        "correct it; `openssl ciphers -v LIST` shows what counts",
-    ),
+    (r"tlsminversion", "tls-minimum", "write 1.2 or 1.3"),
+    (r"no such cipher|no ciphers", "ciphers", "correct it; `openssl ciphers -v ALL` shows names"),
     (
         r"clientcrl",
         "crl-unusable",

@@ -153,13 +153,13 @@ def test_self_signed(certified, users_port):
 
 @pytest.mark.parametrize("host", [NAME, "*.example.org", NAME.upper()])
 def test_names_that_fit(certified, long_authority, host):
-    made = Certificate("x", issuer=long_authority, days=90, host=host)
+    made = Certificate("x", issuer=long_authority, days=90, hosts=(host,))
     assert certified(made.key_pem, made.chain).codes == []
 
 
 @pytest.mark.parametrize("host", ["www.example.org", "*.mail.example.org", "example.org"])
 def test_names_that_do_not_fit(certified, long_authority, host):
-    made = Certificate("x", issuer=long_authority, days=90, host=host)
+    made = Certificate("x", issuer=long_authority, days=90, hosts=(host,))
     problem = certified(made.key_pem, made.chain).only("certificate-name", "warning")
     assert problem["what"].endswith(f"is for {host}, and not for {NAME}")
 
