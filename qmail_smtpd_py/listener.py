@@ -73,7 +73,7 @@ class Listener:
             lambda: self._prepare(service),
             self._tell,
         )
-        pool.predecessors.update(self._heritage.workers)
+        pool.adopt(self._heritage.workers)
         wake = self._catch_signals()
         if service.is_verbose:
             _complain(f"status: 0/{options.limit}")

@@ -28,7 +28,7 @@ from .log import where
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _EMPTY, _IDLE, _BUSY, _LEAVING = b"\0", b"\1", b"\2", b"\3"
 
@@ -166,8 +166,7 @@ class Pool:
 
     `limit` is the number of connections served at a time, `least_idle` and `most_idle` how many
     workers wait for the next; `work` is what a worker does, with its Place, until its end;
-    `prepare` runs in the parent before it forks.  `predecessors` are workers that a listener
-    before us left: they count, and end by themselves.
+    `prepare` runs in the parent before it forks.
     """
 
     def __init__(
@@ -180,7 +179,6 @@ class Pool:
         tell: Callable[[str], None],
     ) -> None:
         self.board = Board(limit)
-        self._limit = limit
         self._least_idle = min(least_idle, limit)
         self._most_idle = most_idle
         self._work = work
@@ -188,7 +186,6 @@ class Pool:
         self._tell = tell
         self._places: dict[int, int] = {}  # by process id
         self._births: dict[int, float] = {}  # likewise
-        self.predecessors: set[int] = set()
         self._lifeline, self._held = os.pipe()
         self._hear, self._notify = os.pipe()
         os.set_blocking(self._hear, False)
@@ -202,8 +199,20 @@ class Pool:
 
     @property
     def workers(self) -> list[int]:
-        """The process ids of all workers, predecessors among them."""
-        return [*self._places, *self.predecessors]
+        """The process ids of all workers."""
+        return list(self._places)
+
+    def adopt(self, workers: Iterable[int]) -> None:
+        """Count the workers of a listener before us, each as one that serves: they end after that
+        by themselves.
+        """
+        for pid in workers:
+            place = self.board.free_place()
+            if place < 0:
+                return
+            self.board.mark(place, _BUSY)
+            self._places[pid] = place
+            self._births[pid] = 0.0
 
     def maintain(self) -> None:
         """Bury the dead, and fork until enough workers are idle."""
@@ -264,7 +273,6 @@ class Pool:
             self._owes_one = self._owes_one or status != 0
             place = self._places.pop(pid, None)
             if place is None:
-                self.predecessors.discard(pid)
                 continue
             age = time.monotonic() - self._births.pop(pid)
             has_worked = not status or age > _YOUNG or self.board.is_busy(place)
@@ -289,7 +297,7 @@ class Pool:
     def _fork(self) -> bool:
         """Start a worker; False where there is no place for one."""
         place = self.board.free_place()
-        if place < 0 or len(self.workers) >= self._limit:
+        if place < 0:
             return False
         self._prepare()
         gc.freeze()  # the children leave what is there alone, and its pages stay shared

@@ -18,7 +18,8 @@ from e2e.letter import PASSWORD, RECIPIENT, SENDER, USER
 from e2e.log import parse
 from e2e.maildir import deliveries, delivery
 from e2e.programs import as_mail_user, mail_user, need
-from e2e.service import NAME, Home, ShippedService
+from e2e.service import ADDRESS, NAME, Home, ShippedService
+from e2e.systemd import ListenManager
 from listener.daemon import Daemon
 from listener.listening import (
     Helping,
@@ -260,6 +261,51 @@ def test_smtp_source(smtp: ShippedListener, home, options: list[str]) -> None:
     ended = run([client, *options, *envelope, f"{smtp.address}:{smtp.port}"])
     assert (ended.status, ended.output) == (0, "")
     assert len(deliveries(home.maildir)) == int(options[-1])
+
+
+# Under a real systemd
+
+
+@pytest.fixture
+def systemd(home):
+    need_root()
+    with ListenManager(home) as running:
+        running.wait_for_status(1)
+        yield running
+
+
+def from_systemd(systemd: ListenManager) -> Client:
+    client = Client(Tcp(socket.create_connection((ADDRESS, systemd.port))))
+    assert client.reply() == f"220 {NAME} ESMTP"
+    return client
+
+
+def test_systemd_units(systemd: ListenManager, home) -> None:
+    """Reload keeps process id and sessions; restart lets sessions end; nobody is refused."""
+    pid = systemd.pid
+    for process in (pid, *children(pid)):
+        assert rights(process) == {**none_but(mail_user()), "Groups": rights(process)["Groups"]}
+    client = from_systemd(systemd)
+    begin_message(client)
+    systemd.control("reload", f"{systemd.unit}.service")
+    systemd.wait_for_status(2)
+    assert systemd.pid == pid
+    second = from_systemd(systemd)
+    end_message(client)
+    systemd.control("restart", "--no-block", f"{systemd.unit}.service")
+    eventually(lambda: any(": stopping: 2" in line for line in systemd.log("listen")), "it stops")
+    third = Client(Tcp(socket.create_connection((ADDRESS, systemd.port))))  # waits for the next one
+    send_message(second)
+    for old in (client, second):
+        assert old.command(b"QUIT") == f"221 {NAME}"
+    assert third.reply() == f"220 {NAME} ESMTP"
+    assert systemd.pid != pid
+    send_message(third)
+    third.connection.close()
+    assert len(deliveries(home.maildir)) == 3
+
+
+# The helper, as it is shipped
 
 
 @pytest.fixture

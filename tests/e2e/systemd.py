@@ -92,10 +92,14 @@ class Manager:
         self._units = self._place / "config/systemd/user"
         self._units.mkdir(parents=True)
         (self._place / "run").mkdir(mode=0o700)
+        wanted = " ".join(self._put_all())
+        (self._units / "ours.target").write_text(f"[Unit]\nWants={wanted}\n")
+
+    def _put_all(self):
+        """Write all units; the names of those that are to be started."""
         for name in PORTS:
             self._put(name)
-        sockets = " ".join(f"qmail-{name}.socket" for name in PORTS)
-        (self._units / "ours.target").write_text(f"[Unit]\nWants={sockets}\n")
+        return [f"qmail-{name}.socket" for name in PORTS]
 
     def _put(self, name):
         """Write the units for a port, with what this host has."""
@@ -187,6 +191,51 @@ class Manager:
         return subprocess.run(
             [systemctl, "--user", *words], env=environ, capture_output=True, text=True, check=False
         ).stdout
+
+
+class ListenManager(Manager):
+    """The same with the units of the listener, whose instance is a port of this host."""
+
+    def _put_all(self):
+        self.port = free_port()
+        self.ports = {"listen": self.port}
+        variables = self._place / str(self.port)
+        options = "-v -R -H -l mx.example.org"
+        variables.write_text(f"QMAILHOME={self.home.path}\nOPTIONS={options}\n")
+        text = (UNITS / "qmail-smtpd-listen@.service").read_text()
+        for old, new in {
+            PROGRAMS: self.home.programs,
+            "User=qmaild": f"User={mail_user().pw_name}",
+            "Group=nofiles": f"Group={mail_user().pw_gid}",
+            "/etc/qmail-smtpd/%i": variables,
+            "SyslogIdentifier=smtpd": f"StandardError=append:{self._logs / 'listen'}",
+            "PrivateTmp=yes": "",  # the home is there
+        }.items():
+            assert old in text, old
+            text = text.replace(old, str(new))
+        (self._units / "qmail-smtpd-listen@.service").write_text(text)
+        text = (UNITS / "qmail-smtpd-listen@.socket").read_text()
+        text = text.replace("ListenStream=0.0.0.0:%i", f"ListenStream={ADDRESS}:%i")
+        (self._units / "qmail-smtpd-listen@.socket").write_text(text)
+        return [f"{self.unit}.socket", f"{self.unit}.service"]
+
+    @property
+    def unit(self):
+        """The name of both units."""
+        return f"qmail-smtpd-listen@{self.port}"
+
+    @property
+    def pid(self):
+        """The main process of the service, as systemd knows it."""
+        return int(self.control("show", "--property=MainPID", "--value", f"{self.unit}.service"))
+
+    def wait_for_status(self, count):
+        """Wait until so many listeners, one after the other, have said that they serve."""
+        deadline = time.monotonic() + PATIENCE
+        while sum(": status: 0/40" in line for line in self.log("listen")) < count:
+            if time.monotonic() > deadline:
+                pytest.fail(f"it does not serve: {self.log('listen')}", pytrace=False)
+            time.sleep(0.02)
 
 
 def _is_listening(port):
