@@ -20,10 +20,12 @@ class Connection:
 
     `remote_info`, `relay_client` and `local_port` are None where their variables are unset: an
     empty value means something else.  An IPv4 address in IPv6's clothes, as a socket for both
-    has it (RFC 4291 section 2.5.5.2), is taken for what it is.
+    has it (RFC 4291 section 2.5.5.2), is taken for what it is.  `cipher` is that of the TLS that is
+    on already, by the program that started us, or None.
     """
 
     __slots__ = (
+        "cipher",
         "local",
         "local_port",
         "relay_client",
@@ -40,10 +42,21 @@ class Connection:
         self.local = environ.get(b"TCPLOCALHOST", local_ip)
         self.local_port = environ.get(b"TCPLOCALPORT")
         self.relay_client = environ.get(b"RELAYCLIENT")
+        self.cipher = cipher(environ)
 
     def without_remote(self) -> Connection:
         """The connection as if nothing were known of the client's end."""
         return Connection({b"TCPLOCALHOST": self.local})
+
+
+def cipher(environ: Mapping[bytes, bytes]) -> bytes | None:
+    """The cipher, if the variables that sslserver has from mod_ssl tell of TLS that is as new as
+    ours would be; otherwise None.
+    """
+    protocol = environ.get(b"SSL_PROTOCOL", b"")
+    if protocol[:6] != b"TLSv1." or protocol[6:] < b"2":
+        return None
+    return environ.get(b"SSL_CIPHER") or protocol
 
 
 def plain_ip(ip: bytes) -> bytes:

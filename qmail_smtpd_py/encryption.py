@@ -11,6 +11,7 @@ import os
 
 from . import certificates, log, reply
 from .certificates import TlsError
+from .connection import cipher
 from .wire import ConnectionLost, HandedOver, TimedOut
 
 TYPE_CHECKING = False
@@ -32,6 +33,7 @@ class Encryption:
     """What a session's TLS needs of the world; `channel` is there once the handshake began.
 
     `arguments` are for a helper; `contexts` are there where the process serves many connections.
+    `variables` are what the program that started us tells of the TLS that it made.
     """
 
     def __init__(
@@ -54,10 +56,18 @@ class Encryption:
         self._offer: Offer | None = None
         self._context: Context | None = None
         self.channel: Channel | None = None
+        self.variables: dict[bytes, bytes] = {}
+
+    @property
+    def is_ucspi(self) -> bool:
+        """Whether it is for the program that started us to make TLS (UCSPI-TLS): it has done so for
+        this connection alone.
+        """
+        return b"SSLCTLFD" in self._environ and not self._contexts
 
     def prepare(self) -> Reply | None:
         """See that a handshake can begin: None if so; raises ControlError."""
-        if self._finds_helper():
+        if self.is_ucspi or self._finds_helper():
             return None
         chosen = self._environ.get(b"TLSCIPHERS")
         self._ciphers = [chosen] if chosen else self._files.list("tlsserverciphers") or []
@@ -77,6 +87,25 @@ class Encryption:
             return reply.tls_unavailable(b"not available")
         return None
 
+    def _start_ucspi(self, wire: Wire) -> bytes:
+        """Have the program that started us make the handshake; the name of the cipher."""
+        from . import ucspitls
+
+        try:
+            control, read_fd, write_fd = ucspitls.descriptors(self._environ)
+            self.variables = ucspitls.start(control, wire.patience)
+            version = self.variables.get(b"SSL_PROTOCOL", b"unknown")
+            name = cipher(self.variables)
+            if name is None:
+                why = f"SSL_PROTOCOL: {log.text(version)} is not TLS 1.2 or newer"
+                raise ucspitls.UcspiError(why)
+        except ucspitls.UcspiError as error:
+            self._log("tls", {"result": "failed", "why": f"UCSPI-TLS: {error}"})
+            raise ConnectionLost("TLS handshake failed") from None
+        wire.move(read_fd, write_fd)
+        self._log("tls", {"result": "ok", "version": version, "cipher": name})
+        return name
+
     def _finds_helper(self) -> bool:
         """Whether a helper is there that will serve the session from the handshake on."""
         path = self._environ.get(b"TLSHELPER")
@@ -93,6 +122,8 @@ class Encryption:
 
     def start(self, wire: Wire) -> bytes:
         """Make the handshake; the name of the cipher.  Raises ConnectionLost, or HandedOver."""
+        if self.is_ucspi:
+            return self._start_ucspi(wire)
         if self._offer:
             raise HandedOver(self._offer.complete())
         try:

@@ -11,7 +11,7 @@ it is forgotten:
     relay_client, remote_info
                      start as the environment has them; set by AUTH, a client certificate and
                      MAIL's AUTH=; TLS makes them what they were at the start
-    cipher           set by TLS, once
+    cipher           set by TLS, once; at the start, if there is TLS already
     conduct          what was refused so far; nothing forgets it
 
 A command is a row of VERBS: its name, the checks that must hold first (RFC 5321 section 4.3.2 can
@@ -59,7 +59,7 @@ class Session:
         self._effects = effects
         self._unread = Unread()
         self._replies: list[bytes] = []
-        self._cipher: bytes | None = None
+        self._cipher = connection.cipher
         self._conduct = Conduct(settings.limits, effects.log)
         self._start_over()
 

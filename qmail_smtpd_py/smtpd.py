@@ -103,7 +103,7 @@ class Server(Effects):
         self.pace = Pace(least_rate, self.timeout)
         self._bad_mail_from = BadMailFrom(files)
         self._rcpt_hosts = RcptHosts(files)
-        self.is_smtps = b"SMTPS" in environ
+        self.is_smtps = b"SMTPS" in environ and self.connection.cipher is None
         self._encryption: Encryption | None = None
 
     @property
@@ -161,6 +161,8 @@ class Server(Effects):
 
     def _child_environ(self, identity: Identity) -> dict[bytes, bytes]:
         environ = dict(self._environ)
+        if self._encryption:
+            environ.update(self._encryption.variables)
         now = {
             b"RELAYCLIENT": identity.relay_client,
             b"TCPREMOTEINFO": identity.remote_info,
@@ -227,6 +229,8 @@ class Server(Effects):
     # TLS
 
     def offers_tls(self) -> bool:
+        if b"SSLCTLFD" in self._environ and self.encryption.is_ucspi:
+            return True
         try:
             return self._files.is_readable("servercert.pem")
         except ControlError as error:
@@ -296,6 +300,8 @@ def _converse(wire: Wire, server: Server, may_begin: Callable[[], bool] | None) 
     if not may_begin:
         ends = {"host": connection.remote_host, "local": connection.local}
         server.log("connect", {**ends, "port": connection.local_port})
+        if connection.cipher is not None:
+            server.log("tls", {"result": "ok", "cipher": connection.cipher})
     session = server.open_session()
     try:
         why = _dialogue(wire, server, session, may_begin)
@@ -370,10 +376,10 @@ def _take_turns(wire: Wire, server: Server, session: Session) -> None:
 def main() -> int:
     """The program: descriptors 0 and 1, the environment and the arguments are the process's."""
     try:
-        _tidy_descriptors()
+        environ = environment()
+        _tidy_descriptors(_ucspi_descriptors(environ) if b"SSLCTLFD" in environ else ())
         coding = sys.getfilesystemencoding()
         arguments = [word.encode(coding, "surrogateescape") for word in sys.argv[1:]]  # PEP 383
-        environ = environment()
         if b"REMOTE_ADDR" in environ:
             from .activation import tcp_environ
 
@@ -415,11 +421,32 @@ def give_no_tickets(environ: Mapping[bytes, bytes]) -> None:
         os.putenv("OPENSSL_CONF", f"{directory}/openssl.cnf")
 
 
-def _tidy_descriptors() -> None:
-    """Close what was inherited beside 0, 1 and 2, so that no child gets it, and see that there is a
-    descriptor 2: a pipe of ours in its place would never end for the child that reads it.
+def _ucspi_descriptors(environ: dict[bytes, bytes]) -> list[int]:
+    """Those that are there for STARTTLS, if they are usable; if not, the environment forgets them,
+    as their numbers will be those of other descriptors.
     """
-    os.closerange(3, 1024)
+    from . import ucspitls
+
+    connection = Connection(environ)
+    try:
+        if connection.cipher is None:
+            return sorted(set(ucspitls.descriptors(environ)))
+    except ucspitls.UcspiError as error:
+        log.write("error", {"ip": connection.remote_ip, "why": f"no UCSPI-TLS: {error}"})
+    del environ[b"SSLCTLFD"]
+    return []
+
+
+def _tidy_descriptors(kept: Sequence[int]) -> None:
+    """Close what was inherited beside 0, 1, 2 and those that are kept, so that no child gets it,
+    and see that there is a descriptor 2: a pipe of ours in its place would never end for the child
+    that reads it.
+    """
+    first = 3
+    for descriptor in kept:
+        os.closerange(first, descriptor)
+        first = descriptor + 1
+    os.closerange(first, 1024)
     try:
         os.fstat(2)
     except OSError:

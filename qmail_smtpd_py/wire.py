@@ -43,12 +43,15 @@ class Wire:
     """The two directions of a connection; `timeout` is in seconds, for each read or write."""
 
     def __init__(self, read_fd: int, write_fd: int, timeout: float) -> None:
-        self._read_fd = read_fd
-        self._write_fd = write_fd
         self._timeout = timeout
         self._until = float("inf")
         self._read_since = 0.0
         self._tls: Channel | None = None
+        self._use(read_fd, write_fd)
+
+    def _use(self, read_fd: int, write_fd: int) -> None:
+        self._read_fd = read_fd
+        self._write_fd = write_fd
         self._readable = select.poll()
         self._readable.register(read_fd, select.POLLIN)
         # Or a write could wait for a client that reads nothing.
@@ -56,11 +59,21 @@ class Wire:
         if self._was_blocking:
             os.set_blocking(write_fd, False)
 
+    def move(self, read_fd: int, write_fd: int) -> None:
+        """Go on with other descriptors, and leave those so far as they were."""
+        self._restore()
+        self._use(read_fd, write_fd)
+
     def limit(self, timeout: float, total: float) -> None:
         """Set the seconds for each read or write, and those for all from now on, 0 for any."""
         self._timeout = timeout
         if total:
             self._until = time.monotonic() + total
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the client may take now."""
+        return max(0.0, min(self._timeout, self._until - time.monotonic()))
 
     @property
     def is_over(self) -> bool:
@@ -125,6 +138,9 @@ class Wire:
                 os.write(self._write_fd, self._tls.close())
             except OSError:
                 pass  # a client that is gone, or takes nothing, is not waited for
+        self._restore()
+
+    def _restore(self) -> None:
         if self._was_blocking:
             os.set_blocking(self._write_fd, True)
 
