@@ -5,22 +5,25 @@ default; one that is there and can not be read is a ControlError, which says who
 read what: to go on without it could mean an open relay.
 
 `ControlFiles` reads anew each time.  What lives longer than a connection uses `CachedControlFiles`,
-which looks at each file's stat(2) once a connection and reads it again where that has changed.
+which looks at the stat(2) of files once a connection and reads again what has changed.  Most of the
+files that may be there are not: one look at the directory tells that they still are not.
 """
 
 from __future__ import annotations
 
 import posix as os  # cheaper at start: see launcher.py
+import time
 
 from .effects import ControlError
 from .path import number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
     from typing import TypeVar
 
     Parsed = TypeVar("Parsed")
+    Derived = TypeVar("Derived")
     Signature = tuple[int, ...]
 
 DIRECTORY = "control/"
@@ -56,6 +59,12 @@ class ControlFiles:
             raise unusable(name, error) from None
         finally:
             os.close(descriptor)
+
+    def derive(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """What `make` makes of control files, and of what the key says, and of nothing else; raises
+        ControlError.  It may be kept as long as the files are the same.
+        """
+        return make()
 
     def line(self, name: str) -> bytes | None:
         """The first line, or None if there is no such file; raises ControlError."""
@@ -104,15 +113,27 @@ class CachedControlFiles(ControlFiles):
     """
 
     def __init__(self) -> None:
-        self._signatures: dict[str, Signature | None] = {}
+        self._signatures: dict[str, Signature | None] = {}  # of names that the directory has
+        self._absent: set[str] = set()  # names that it has not
+        self._directory: Signature | None = None  # None: it has to be looked at name by name
         self._values: dict[tuple[str, object], object] = {}
+        self._derived: dict[object, object] = {}
 
     def refresh(self) -> None:
         """Forget what was read of files that have changed since."""
-        for name, known in list(self._signatures.items()):
-            if signature(DIRECTORY + name) != known:
-                del self._signatures[name]
-                self._values = {key: self._values[key] for key in self._values if key[0] != name}
+        changed = [
+            name for name, known in self._signatures.items() if signature(DIRECTORY + name) != known
+        ]
+        directory = _settled_signature()
+        if directory is None or directory != self._directory:
+            changed += [name for name in self._absent if _has_entry(name)]
+            self._directory = directory
+        if changed:
+            for name in changed:
+                self._signatures.pop(name, None)
+                self._absent.discard(name)
+            self._values = {key: self._values[key] for key in self._values if key[0] not in changed}
+            self._derived.clear()
 
     def load(self, name: str, parse: Callable[[bytes | None], Parsed]) -> Parsed:
         value = self._values.get((name, parse), self)
@@ -121,6 +142,18 @@ class CachedControlFiles(ControlFiles):
             value = self._values[name, parse] = super().load(name, parse)
         return value  # type: ignore[return-value]
 
+    def derive(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        value = self._derived.get(key, self)
+        if value is self:
+            if len(self._derived) >= _MOST_DERIVED:
+                self._derived.clear()
+            value = self._derived[key] = make()
+        return value  # type: ignore[return-value]
+
+    def open(self, name: str) -> int | None:
+        self._note(name)
+        return None if name in self._absent else super().open(name)
+
     def is_readable(self, name: str) -> bool:
         value = self._values.get((name, "is_readable"))
         if value is None:
@@ -128,10 +161,41 @@ class CachedControlFiles(ControlFiles):
             value = self._values[name, "is_readable"] = super().is_readable(name)
         return bool(value)
 
+    def exists(self, name: str) -> bool:
+        self._note(name)
+        return name not in self._absent and super().exists(name)
+
     def _note(self, name: str) -> None:
         # Before it is read: a change in between shows at the next refresh.
-        if name not in self._signatures:
-            self._signatures[name] = signature(DIRECTORY + name)
+        if name not in self._signatures and name not in self._absent:
+            if _has_entry(name):
+                self._signatures[name] = signature(DIRECTORY + name)
+            else:
+                self._absent.add(name)
+
+
+_MOST_DERIVED = 100  # as many environments as rules may make are too many
+_SETTLED_SECONDS = 3  # what is older has another time when it changes again, on any file system
+
+
+def _settled_signature() -> Signature | None:
+    """The signature of the directory, if every change from now on will show in it."""
+    found = signature(DIRECTORY + ".")
+    if found is None or len(found) == 1:
+        return None
+    changed_at = max(found[-2:]) / 1e9
+    return found if changed_at < time.time() - _SETTLED_SECONDS else None
+
+
+def _has_entry(name: str) -> bool:
+    """Whether the directory has the name, be it for a link that leads nowhere, or may have it."""
+    try:
+        os.lstat(DIRECTORY + name)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def signature(path: str) -> Signature | None:

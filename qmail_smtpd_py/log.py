@@ -23,6 +23,7 @@ OUT_OF_MEMORY = "out of memory; is the memory limit too low?"
 _VALUE_LIMIT = 1200
 _PLAIN = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:_-<>[],!#&*~?"
 _PRINTABLE = bytes(range(32, 127))
+_TO_PRINTABLE = bytes(octet if octet in _PRINTABLE else ord("?") for octet in range(256))
 _QUOTABLE = _PRINTABLE.translate(None, b'"\\')
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 
@@ -32,7 +33,8 @@ def format_line(event: str, fields: Mapping[str, object]) -> bytes:
     words = [b"qmail-smtpd[%d]: %s" % (os.getpid(), event.encode())]
     for key, value in fields.items():
         if value is not None:
-            words.append(b"%s=%s" % (key.encode(), _escape(_octets(value))))
+            octets = value if type(value) is bytes else _octets(value)
+            words.append(b"%s=%s" % (key.encode(), _escape(octets)))
     line = b" ".join(words)
     return line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + b'..."'
 
@@ -44,9 +46,7 @@ def write(event: str, fields: Mapping[str, object]) -> None:
 
 def write_line(line: str) -> None:
     """Write a line that has a form of its own, as tcpserver's have; it is made printable."""
-    _write(
-        bytes(octet if octet in _PRINTABLE else ord("?") for octet in line.encode())[:_LINE_LIMIT]
-    )
+    _write(line.encode().translate(_TO_PRINTABLE)[:_LINE_LIMIT])
 
 
 def _write(line: bytes) -> None:
@@ -76,8 +76,6 @@ def where(error: BaseException) -> str:
 
 
 def _octets(value: object) -> bytes:
-    if isinstance(value, bytes):
-        return value
     if isinstance(value, list):
         return b",".join(value)
     return str(value).encode("utf-8", "backslashreplace")

@@ -14,6 +14,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket as Socket
     from ipaddress import IPv4Address, IPv6Address
     from typing import Union
 
@@ -55,7 +56,7 @@ class Peers:
         return any(address in network for network in self._networks)
 
 
-def read_header(connection: socket.socket, seconds: float) -> Addresses | None:
+def read_header(connection: Socket, seconds: float) -> Addresses | None:
     """Take the header off the connection: the addresses in it, or None where it tells none.
 
     Reads not an octet more than the header; raises ProxyError, also where it takes longer than
@@ -70,7 +71,7 @@ def read_header(connection: socket.socket, seconds: float) -> Addresses | None:
     raise ProxyError("no PROXY header")
 
 
-def _peek(connection: socket.socket, least: int, deadline: float) -> bytes:
+def _peek(connection: Socket, least: int, deadline: float) -> bytes:
     """The next octets, left where they are: at least that many; raises ProxyError."""
     poll = select.poll()
     poll.register(connection, select.POLLIN | select.POLLRDHUP)
@@ -89,7 +90,7 @@ def _peek(connection: socket.socket, least: int, deadline: float) -> bytes:
         time.sleep(0.005)  # poll would tell of the octets that are there at once
 
 
-def _read_v1(connection: socket.socket, deadline: float) -> Addresses | None:
+def _read_v1(connection: Socket, deadline: float) -> Addresses | None:
     data, seen = b"", 0
     while b"\r\n" not in data[:_LONGEST_V1]:
         if len(data) >= _LONGEST_V1:
@@ -112,7 +113,7 @@ def _read_v1(connection: socket.socket, deadline: float) -> Addresses | None:
         raise ProxyError("broken PROXY header") from None
 
 
-def _read_v2(connection: socket.socket, deadline: float) -> Addresses | None:
+def _read_v2(connection: Socket, deadline: float) -> Addresses | None:
     start = _peek(connection, _HEADER_V2, deadline)
     if not start.startswith(_SIGNATURE):
         raise ProxyError("no PROXY header")

@@ -23,6 +23,8 @@ class Reply:
         """The octets of the reply (RFC 5321 section 4.2.1)."""
         code = b"%d" % self.code
         *first, last = self.lines
+        if not first:
+            return b"%s %s\r\n" % (code, last)
         return b"".join(b"%s-%s\r\n" % (code, line) for line in first) + b"%s %s\r\n" % (code, last)
 
     def __repr__(self) -> str:

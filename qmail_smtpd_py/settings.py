@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
     from .control import ControlFiles
 
+TIMEOUT = 1200
+"""Seconds of silence after which a client is given up, where control/timeoutsmtpd says nothing."""
+
+LONGEST_SESSION = 86400
+"""Seconds after which a session ends: 50 MB at 9600 bit/s take less."""
+
+LEAST_RATE = 1
+"""Octets a second that a client has to send, once it has begun to send something."""
+
+_LONGEST_TIMEOUT = 2_000_000  # seconds; what poll(2) takes, in milliseconds
 _LARGEST_DATABYTES = 4294967294  # netqmail keeps it in 32 bits, and one less is its limit
 
 
@@ -77,3 +87,37 @@ def settings(sources: Sources, me: bytes | None, can_authenticate: bool) -> Sett
             recipients=sources.number(b"MAXRCPT", "maxrcpt", 0),
         ),
     )
+
+
+class Policy:
+    """What the administrator wants for all connections with the same variables: `settings` are for
+    the session, the others for whoever runs it; raises ControlError.
+
+    `ip_host` is the domain of our own IP addresses; `timeout` is in seconds, `longest_session` too,
+    with 0 for any, `least_rate` in octets a second.
+    """
+
+    __slots__ = ("ip_host", "least_rate", "longest_session", "settings", "timeout")
+
+    def __init__(self, sources: Sources, can_authenticate: bool) -> None:
+        files = sources.files
+        me = files.line("me")
+        self.settings = settings(sources, me, can_authenticate)
+        ip_host = files.line("localiphost")
+        self.ip_host = me if ip_host is None else ip_host
+        self.timeout = min(max(1, files.number("timeoutsmtpd", TIMEOUT)), _LONGEST_TIMEOUT)
+        self.longest_session = sources.number(b"TIMEOUTSESSION", "timeoutsession", LONGEST_SESSION)
+        self.least_rate = sources.number(b"MINRATE", "minrate", LEAST_RATE)
+
+
+def policy(
+    environ: Mapping[bytes, bytes], files: ControlFiles, can_authenticate: bool
+) -> Policy:
+    """The policy for connections with this environment; raises ControlError.
+
+    It does not see TCPREMOTEIP and the like, so that it is the same for all clients that rules do
+    not set apart, and may be kept where control files are.
+    """
+    variables = {name: environ[name] for name in environ if not name.startswith(b"TCP")}
+    key = (frozenset(variables.items()), can_authenticate)
+    return files.derive(key, lambda: Policy(Sources(variables, files), can_authenticate))

@@ -19,7 +19,7 @@ from .control import ControlFiles
 from .effects import ControlError, Effects, Identity
 from .rcpthosts import RcptHosts
 from .session import CLOSED, TLS_HANDSHAKE, Session
-from .settings import Sources, settings
+from .settings import TIMEOUT, Sources, policy
 from .wire import ConnectionLost, HandedOver, TimedOut, Wire
 
 TYPE_CHECKING = False
@@ -34,19 +34,9 @@ if TYPE_CHECKING:
     from .tls import CachedContexts
 
 HOME = b"/var/qmail"
-TIMEOUT = 1200
-"""Seconds of silence after which a client is given up, where control/timeoutsmtpd says nothing."""
-
-LONGEST_SESSION = 86400
-"""Seconds after which a session ends: 50 MB at 9600 bit/s take less."""
-
-LEAST_RATE = 1
-"""Octets a second that a client has to send, once it has begun to send something."""
 
 AUTH_FAILURES, AUTH_FAILURES_PERIOD = 30, 3600
 """How many failed AUTH attempts an address may have, in how many seconds, if they are counted."""
-
-_LONGEST_TIMEOUT = 2_000_000  # seconds; what poll(2) takes, in milliseconds
 
 
 class Resources:
@@ -89,18 +79,13 @@ class Server(Effects):
         self._environ = environ
         self._arguments = arguments
         self.connection = Connection(environ)
-        me = files.line("me")
+        wanted = policy(environ, files, can_authenticate=bool(arguments))
         self._sources = Sources(environ, files)
-        self.settings = settings(self._sources, me, can_authenticate=bool(arguments))
-        self._ip_host = files.line("localiphost")
-        if self._ip_host is None:
-            self._ip_host = me
-        self.timeout = min(max(1, files.number("timeoutsmtpd", TIMEOUT)), _LONGEST_TIMEOUT)
-        self.longest_session = self._sources.number(
-            b"TIMEOUTSESSION", "timeoutsession", LONGEST_SESSION
-        )
-        least_rate = self._sources.number(b"MINRATE", "minrate", LEAST_RATE)
-        self.pace = Pace(least_rate, self.timeout)
+        self.settings = wanted.settings
+        self._ip_host = wanted.ip_host
+        self.timeout = wanted.timeout
+        self.longest_session = wanted.longest_session
+        self.pace = Pace(wanted.least_rate, wanted.timeout)
         self._bad_mail_from = BadMailFrom(files)
         self._rcpt_hosts = RcptHosts(files)
         self.is_smtps = b"SMTPS" in environ and self.connection.cipher is None

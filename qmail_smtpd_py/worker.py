@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import time
+from _socket import socket as Socket  # what socket.socket is made of
 
 from . import handover
 from .handover import HandoverError
@@ -37,6 +38,8 @@ IDLE_SECONDS = 5.0
 
 PROXY_SECONDS = 10.0
 """How long a load balancer may take to send its PROXY header."""
+
+_LONGEST_OPTIONS = 40  # octets (ip(7))
 
 _DENIED, _DROPPED = 100, 111  # the exit statuses of tcpserver's children
 
@@ -79,6 +82,7 @@ class Worker:
     ) -> None:
         self._service = service
         self._listener = listener
+        self._family = listener.family
         self._place = place
         self._most = most
         self._until = time.monotonic() + oldest
@@ -92,11 +96,11 @@ class Worker:
             incoming.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
             incoming.register(self._place.lifeline, select.EPOLLHUP)
             while served < self._most and self._place.is_wanted and time.monotonic() < self._until:
-                woken = [descriptor for descriptor, _ in incoming.poll(IDLE_SECONDS)]
+                woken = [descriptor for descriptor, _ in incoming.poll(IDLE_SECONDS, 2)]
                 if woken == [self._place.lifeline] or (not woken and self._place.leave_if_spare()):
                     return
                 try:
-                    connection, remote = self._listener.accept()
+                    connection, remote = self._accept()
                 except BlockingIOError:  # nobody came, or another worker was faster
                     continue
                 except OSError as error:
@@ -113,13 +117,20 @@ class Worker:
                     self._service.complain(f"end {self._pid} status {status << 8}")
                     self._tell_status()
 
+    def _accept(self) -> tuple[Socket, tuple[str, int]]:
+        """As socket.accept does, but without its wrapping of descriptors, which takes longer than
+        the system call.
+        """
+        descriptor, remote = self._listener._accept()  # type: ignore[attr-defined]
+        return Socket(self._family, socket.SOCK_STREAM, 0, descriptor), remote
+
     def _tell_status(self) -> None:
         self._service.complain(f"status: {self._place.board.busy}/{self._service.limit}")
 
-    def _take(self, connection: socket.socket, remote: tuple[str, int]) -> int:
+    def _take(self, connection: Socket, remote: tuple[str, int]) -> int:
         """Serve an accepted connection; the exit status that tcpserver's child would have."""
         service = self._service
-        with connection:
+        try:
             connection.setblocking(False)
             try:
                 ends = self._ends(connection, remote)
@@ -131,8 +142,10 @@ class Worker:
                 service.complain(f"drop {self._pid}: {error}")
                 return _DROPPED
             return _DENIED if environ is None else self._serve(connection, environ)
+        finally:
+            connection.close()
 
-    def _serve(self, connection: socket.socket, environ: Mapping[bytes, bytes]) -> int:
+    def _serve(self, connection: Socket, environ: Mapping[bytes, bytes]) -> int:
         service = self._service
         service.resources.files.refresh()
         descriptor = connection.fileno()
@@ -141,7 +154,7 @@ class Worker:
         except (ConnectionLost, TimedOut):
             return 1
 
-    def _ends(self, connection: socket.socket, remote: tuple[str, int]) -> Addresses:
+    def _ends(self, connection: Socket, remote: tuple[str, int]) -> Addresses:
         """Who is at the two ends; raises OSError, or ProxyError where a proxy does not say."""
         remote_ip, remote_port = remote[:2]
         local_ip, local_port = connection.getsockname()[:2]
@@ -150,11 +163,11 @@ class Worker:
             return read_header(connection, PROXY_SECONDS) or ends
         return ends
 
-    def _admit(self, connection: socket.socket, ends: Addresses) -> dict[bytes, bytes] | None:
+    def _admit(self, connection: Socket, ends: Addresses) -> dict[bytes, bytes] | None:
         """The environment for the connection, or None if the rules turn it away."""
         service = self._service
         if not service.keep_ip_options and ":" not in ends.local_ip:
-            connection.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"")
+            _drop_ip_options(connection)
         if service.banner:
             connection.send(service.banner)
         look_ups = service.look_ups
@@ -178,28 +191,29 @@ class Worker:
 class Helper(Worker):
     """A worker whose connections come from programs under tcpserver, handed over for TLS."""
 
-    def _take(self, connection: socket.socket, remote: tuple[str, int]) -> int:
+    def _take(self, connection: Socket, remote: tuple[str, int]) -> int:
         service = self._service
         connection.setblocking(True)
         if service.is_verbose:
             self._tell_status()
         service.resources.files.refresh()
-        with connection:
-            try:
-                descriptors, arguments, environ = handover.take(connection)
-            except HandoverError as error:
-                service.complain(f"drop {self._pid}: {error}")
-                return _DROPPED
+        try:
+            descriptors, arguments, environ = handover.take(connection)
             status = self._serve_handed_over(connection, descriptors, arguments, environ)
             try:
                 connection.sendall(bytes([status]))
             except OSError:
                 pass  # the program was killed; the session is over all the same
+        except HandoverError as error:
+            service.complain(f"drop {self._pid}: {error}")
+            return _DROPPED
+        finally:
+            connection.close()
         return status
 
     def _serve_handed_over(
         self,
-        connection: socket.socket,
+        connection: Socket,
         descriptors: Sequence[int],
         arguments: Sequence[bytes],
         environ: Mapping[bytes, bytes],
@@ -218,6 +232,12 @@ class Helper(Worker):
             os.dup2(ours, 2)
             for descriptor in (*descriptors, ours):
                 os.close(descriptor)
+
+
+def _drop_ip_options(connection: Socket) -> None:
+    """Send packets of this connection by no route that the client chose; most choose none."""
+    if connection.getsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, _LONGEST_OPTIONS):
+        connection.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"")
 
 
 def _text(name: bytes | None) -> str:

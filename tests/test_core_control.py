@@ -181,6 +181,109 @@ def test_a_refresh_sees_that_a_file_comes_and_goes_and_breaks(control: Path) -> 
     assert files.line("me") is None
 
 
+def settle(files: CachedControlFiles) -> None:
+    """Let the directory be old enough to be relied on, and have it looked at."""
+    while not files._directory:
+        files.refresh()
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> CachedControlFiles:
+    """Files that have the directory looked at, and know of some that are not there."""
+    monkeypatch.setattr("qmail_smtpd_py.control._SETTLED_SECONDS", 0.05)
+    files = CachedControlFiles()
+    for name in ("databytes", "morercpthosts.cdb"):
+        assert files.line(name) is None
+        assert files.open(name) is None
+        assert not files.exists(name)
+    settle(files)
+    return files
+
+
+def come(path: Path) -> None:
+    path.write_bytes(b"new\n")
+
+
+def come_by_rename(path: Path) -> None:
+    other = path.parent.parent / "new"
+    other.write_bytes(b"new\n")
+    other.rename(path)
+
+
+def come_and_set_back_the_clock(path: Path) -> None:
+    before = path.parent.stat()
+    path.write_bytes(b"new\n")
+    os.utime(path.parent, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def come_in_another_directory(path: Path) -> None:
+    new = path.parent.with_name("new")
+    new.mkdir()
+    (new / path.name).write_bytes(b"new\n")
+    path.parent.rename(path.parent.with_name("old"))
+    new.rename(path.parent)
+
+
+@pytest.mark.parametrize(
+    "how", [come, come_by_rename, come_and_set_back_the_clock, come_in_another_directory]
+)
+def test_a_file_that_comes_shows_by_the_directory(
+    control: Path, settled: CachedControlFiles, how: Callable[[Path], None]
+) -> None:
+    how(control / "databytes")
+    settled.refresh()
+    assert settled.line("databytes") == b"new"
+    assert settled.exists("databytes")
+    assert settled.open("morercpthosts.cdb") is None
+
+
+def test_a_link_that_leads_nowhere_is_followed_each_time(control: Path, tmp_path: Path) -> None:
+    (control / "databytes").symlink_to(tmp_path / "first")
+    (tmp_path / "first").symlink_to(tmp_path / "second")
+    files = CachedControlFiles()
+    assert files.line("databytes") is None
+    settle(files)
+    (tmp_path / "second").write_bytes(b"new\n")
+    files.refresh()
+    assert files.line("databytes") == b"new"
+
+
+def test_a_settled_directory_is_looked_at_once(
+    settled: CachedControlFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[str] = []
+    monkeypatch.setattr("qmail_smtpd_py.control._has_entry", looked_at.append)
+    settled.refresh()
+    settled.line("databytes")
+    assert not looked_at
+
+
+def test_a_directory_that_changed_a_moment_ago_is_not_relied_on(control: Path) -> None:
+    files = CachedControlFiles()
+    assert files.line("me") is None
+    files.refresh()
+    assert files._directory is None
+
+
+def test_what_is_derived_is_kept_until_a_file_changes(control: Path) -> None:
+    files = CachedControlFiles()
+    (control / "me").write_bytes(b"one\n")
+    assert files.derive("key", lambda: files.line("me")) == b"one"
+    files.refresh()
+    assert files.derive("key", lambda: b"other") == b"one"
+    assert files.derive("other key", lambda: b"other") == b"other"
+    (control / "me").write_bytes(b"three\n")
+    files.refresh()
+    assert files.derive("key", lambda: files.line("me")) == b"three"
+
+
+def test_what_is_derived_is_bounded() -> None:
+    files = CachedControlFiles()
+    for number in range(1000):
+        assert files.derive(number, lambda number=number: number + 1) == number + 1
+    assert len(files._derived) <= 100
+
+
 # rcpthosts and morercpthosts.cdb
 
 labels = st.sampled_from([b"a", b"b", b"mx", b"example", b"org", b"", b"A", b"Org"])
