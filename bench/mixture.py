@@ -268,7 +268,9 @@ def _run(
         kind(client, chance, names)
     except ConnectionRefusedError:
         outcome.refused += 1
-    except (Lost, ConnectionError, ssl.SSLEOFError):
+    except (Lost, ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        # The last is an end in the middle of a handshake: Python has OpenSSL not tell it from an
+        # orderly one (OP_IGNORE_UNEXPECTED_EOF).
         outcome.lost += 1
     except (Wrong, OSError) as error:
         outcome.wrong.append(f"{kind.__name__}: {error}")
