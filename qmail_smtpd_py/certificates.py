@@ -113,6 +113,7 @@ def _check_pair(path: str, text: bytes) -> None:
 def _why_no_pair(text: bytes) -> str:
     """What to do about a key that is not that of the first certificate."""
     from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
@@ -120,7 +121,7 @@ def _why_no_pair(text: bytes) -> str:
         for place, certificate in enumerate(x509.load_pem_x509_certificates(text), 1):
             if certificate.public_key() == key:
                 return f"; the key is that of certificate {place} in it, which has to be the first"
-    except ValueError:
+    except (TypeError, ValueError, UnsupportedAlgorithm):
         return "; a certificate or the key is damaged"
     return "; the key is that of no certificate in it"
 
@@ -132,24 +133,18 @@ def _private_key(text: bytes) -> bytes:
     return begin + label + behind.partition(label)[0] + label
 
 
-def chain_problems(text: bytes) -> list[str]:
-    """What is wrong with the order of the certificates in a file; empty where each one is followed
-    by that of its issuer.  Many clients put them in order themselves, and some do not.
-    """
-    from cryptography import x509
-
-    chain = x509.load_pem_x509_certificates(text)
-    return [
-        f"certificate {place} in it is not that of the issuer of the one before it"
-        for place, (one, issuer) in enumerate(zip(chain, chain[1:]), 2)
-        if one.issuer != issuer.subject
-    ]
-
-
 def same_type(path: str, other: str) -> bool:
-    """Whether two files that can be used have keys of one type: OpenSSL keeps one of each type."""
-    from cryptography import x509
+    """Whether two files that OpenSSL can use have keys of one type, of which it keeps one; raises
+    TlsError.
+    """
+    return _type_of_certificate(path) is _type_of_certificate(other)
 
-    texts = _read(path), _read(other)
-    first, second = (x509.load_pem_x509_certificate(text).public_key() for text in texts)
-    return type(first) is type(second)
+
+def _type_of_certificate(path: str) -> type:
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        return type(x509.load_pem_x509_certificate(_read(path)).public_key())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise TlsError(f"{path}: {error}") from None

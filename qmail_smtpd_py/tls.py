@@ -286,6 +286,8 @@ class NamedContexts:
             wrong = [text for text in context.warnings if text.startswith(BY_NAME)]
         except TlsError as error:
             wrong = [f"{error}; the default is served"]
+        except MemoryError:  # nothing may be raised into OpenSSL
+            wrong = [f"{path}: out of memory; the default is served"]
         self._kept.pop(path, None)
         if len(self._kept) >= self.MOST:
             del self._kept[next(iter(self._kept))]  # the oldest

@@ -165,6 +165,27 @@ def test_policy_holds_for_each_name(start, home, other):
     assert "alert no application protocol" in handshake(service, *name, "-alpn", "h2")[0]
 
 
+def test_client_certificates_count_under_each_name(start, home, tmp_path, other):
+    """And those that were revoked do not: the authorities are the same for all names."""
+    put(home, OTHER, pem(other))
+    authority = Certificate("Clients' Root", authority=True)
+    listed, revoked = (
+        Certificate("gateway", issuer=authority, email="gateway@branch.example") for _ in range(2)
+    )
+    home.control("tlsclients", "gateway@branch.example")
+    home.control("clientca.pem", authority.pem)
+    home.control("clientcrl.pem", authority.revoke(revoked))
+    service = start()
+    for client in (listed, revoked):
+        file = tmp_path / "client.pem"
+        file.write_bytes(pem(client))
+        assert by_name(service, OTHER, "-cert", file, "-key", file)[0] == OTHER
+    assert [event["cert"] for event in service.events("tls", 2)] == [
+        "gateway@branch.example",
+        "certificate revoked",
+    ]
+
+
 @pytest.mark.parametrize(
     ("parts", "why"),
     [
