@@ -62,7 +62,8 @@ class Chain:
     """What the programs of a chain say.
 
     `uid` and `gid` are None where nobody says; `limits` are in octets or a number; `program` is the
-    qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`, the check program's.
+    qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`, the check program's;
+    `wrappers` are the programs before it that change nothing of all this.
     """
 
     def __init__(self, directory: str, note: Callable[[str], None]) -> None:
@@ -82,6 +83,7 @@ class Chain:
         self.logs_by_itself = False
         self.program: str | None = None
         self.arguments: list[str] = []
+        self.wrappers: set[str] = set()
 
     def change_directory(self, path: str) -> None:
         """`cd`: what is relative is relative to this."""
@@ -116,6 +118,7 @@ class Chain:
             self._become(name, rest[0] if rest else "", environ)
             rest = rest[1:]
         elif name in _WRAPPERS:
+            self.wrappers.add(name)
             short, positional = _WRAPPERS[name]
             rest = getopt.getopt(rest, short)[1][positional:]
         else:

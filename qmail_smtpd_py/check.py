@@ -17,7 +17,7 @@ from . import check_auth, check_limits, check_queue, check_relay, check_session
 from .chain import Chain, read_envdir
 from .findings import Report
 from .log import where
-from .rights import group_name, user_name
+from .rights import group_name, owner, user_name
 from .runfile import RunFile
 from .smtpd import HOME, environment
 from .subject import Subject
@@ -257,8 +257,15 @@ def _examine_parts(subject: Subject, report: Report) -> None:
     check_queue.examine(subject, report)
     check_limits.examine(subject, trial, report)
     names = sorted(subject.files.found)
-    report.fact("control files", " ".join(names) or "none", files=names)
+    told = [_with_rights(subject, name) for name in names]
+    report.fact("control files", ", ".join(told) or "none", files=names)
     server.close()
+
+
+def _with_rights(subject: Subject, name: str) -> str:
+    """The name of a control file, and whose it is where not everybody can read it."""
+    found = os.stat(subject.path(f"control/{name}"))
+    return name if found.st_mode & 0o004 else f"{name} ({owner(found)})"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ import os
 import resource
 import sys
 
+from .options import NAME as LISTENER
+from .rights import obstacle
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .findings import Report
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 MEMORY_NEEDS: dict[int, tuple[int, int]] = {9: (11, 33), 11: (15, 37), 13: (14, 41)}
 """README's table: the smallest memory limits that work, in MB, by the minor version of Python 3:
 without TLS, and with TLS and AUTH."""
+
+LISTENER_NEEDS = 48
+"""The same in MB for a worker of qmail-smtpd-listen with TLS: docs/listener.md."""
 
 _SMALLEST_DATABYTES = 10000
 
@@ -26,7 +32,9 @@ def examine(subject: Subject, trial: Trial, report: Report) -> None:
     limits = settings.limits
     values = {name: getattr(limits, name) for name in limits.__slots__}
     values = {"databytes": settings.databytes, "timeout": server.timeout, **values}
-    told = [f"{name.replace('_', ' ')} {number or 'any'}" for name, number in values.items()]
+    values["session"] = server.longest_session
+    values["greeting_delay"] = server.greeting_delay
+    told = [f"{name.replace('_', ' ')} {number or 'none'}" for name, number in values.items()]
     report.fact("limits", ", ".join(told), **values)
     if 0 < settings.databytes < _SMALLEST_DATABYTES:
         what = f"databytes is {settings.databytes}: hardly any message is that small"
@@ -36,6 +44,35 @@ def examine(subject: Subject, trial: Trial, report: Report) -> None:
             "concurrency", str(subject.chain.concurrency), sessions=subject.chain.concurrency
         )
     _examine_memory(subject, trial, report)
+    _examine_table(subject, report)
+    _examine_trace(subject, report)
+
+
+def _examine_table(subject: Subject, report: Report) -> None:
+    """The file in which failed AUTH attempts are counted, which the program makes if it may."""
+    line = subject.environ.get(b"AUTHFAILTABLE") or subject.files.line("authfailtable")
+    if not line:
+        return
+    path = subject.path(os.fsdecode(line))
+    report.fact("failed AUTH", f"counted in {path}")
+    writable = path if os.path.exists(path) else os.path.dirname(path)
+    if not os.access(writable, os.W_OK):
+        what = f"failed AUTH attempts are not counted: {writable} is not writable"
+        remedy = f"make a directory for it that uid {os.geteuid()} can write, and name that"
+        report.warning("authfailtable", what, remedy, obstacle(writable))
+
+
+def _examine_trace(subject: Subject, report: Report) -> None:
+    """SMTPTRACE, which is meant for one address and a while."""
+    trace = os.fsdecode(subject.environ.get(b"SMTPTRACE", b""))
+    if not trace:
+        return
+    report.fact("trace", f"of every session, to {trace}")
+    path = subject.path(trace)
+    if not trace.startswith("=") and not os.access(path, os.W_OK | os.X_OK):
+        what = f"sessions are not traced: {path} is not writable"
+        remedy = f"mkdir -p {path}; chown {os.geteuid()} {path}; chmod 700 {path}"
+        report.warning("trace", what, remedy, obstacle(path))
 
 
 def memory_limit(subject: Subject) -> int | None:
@@ -55,6 +92,8 @@ def _examine_memory(subject: Subject, trial: Trial, report: Report) -> None:
     limit = memory_limit(subject)
     with_tls = subject.server.is_smtps or os.path.lexists("control/servercert.pem")
     need = needed(with_tls)
+    if with_tls and subject.chain.server == LISTENER:
+        need = max(need, LISTENER_NEEDS * 1_000_000)
     what_for = "with TLS" if with_tls else "without TLS"
     text = f"{need / 1e6:g} MB are needed {what_for}; the limit is "
     text += "none" if limit is None else f"{limit / 1e6:g} MB"

@@ -9,6 +9,7 @@ import os
 import re
 
 from . import check_certificates as certificates
+from .certificates import BY_NAME, SERVER_CERTIFICATE, second
 from .remedies import MEMORY, explain
 from .rights import group_name
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from .subject import Subject
     from .trial import Trial
 
-CERTIFICATE = "control/servercert.pem"
 _KEYS = (b"aECDSA", b"aRSA")
 """Ciphers of TLS 1.2 by the key that they need: where there are two certificates, each is seen."""
 
@@ -32,6 +32,8 @@ _WHY = re.compile(r': error (?:.* )?why="?(.*?)"?$')
 def examine(subject: Subject, report: Report) -> Trial:
     """Have a session, tell of it, and look at the certificates that came; the session."""
     trial = subject.try_session()
+    if os.access(SERVER_CERTIFICATE, os.R_OK):
+        subject.files.found.add("servercert.pem")
     for why in _errors(trial.log):
         explain(why, report)
     if trial.greeting:
@@ -84,14 +86,18 @@ def _tell_of_tls(subject: Subject, trial: Trial, report: Report) -> None:
         for version in ("TLSv1.3", "TLSv1.2")
     ]
     how = "at once (SMTPS)" if subject.server.is_smtps else "by STARTTLS"
+    how += ", required (REQUIRETLS)" if subject.server.settings.require_tls else ""
     report.fact("TLS", f"{how}: {', '.join(versions)}", version=trial.version, cipher=trial.cipher)
     if not subject.server.is_smtps:
         offers = " ".join(trial.tls_offers[1:])
         report.fact("under TLS", offers, offers=trial.tls_offers)
     for other in seen.values():
-        _tell_of_chain(subject, other, CERTIFICATE, report)
+        _tell_of_chain(subject, other, SERVER_CERTIFICATE, report)
     _examine_names(subject, [other.chain[0] for other in seen.values()], report)
     _examine_rights(subject, report)
+    if "fixcrio" in subject.chain.wrappers:
+        what = "fixcrio stands before qmail-smtpd, and changes what is encrypted: TLS breaks"
+        report.error("fixcrio", what, "take it out of the run file, or set DISABLETLS=1")
     for name in _names_by_sni(subject):
         _examine_sni(subject, name, report)
 
@@ -134,7 +140,7 @@ def _examine_names(subject: Subject, found: list[x509.Certificate], report: Repo
     for certificate in found:
         if hosts and not any(certificates.covers(certificate, host) for host in hosts):
             names = ", ".join(certificates.host_names(certificate)) or "no host name"
-            what = f"{CERTIFICATE} is for {names}, and not for {' or '.join(hosts)}"
+            what = f"{SERVER_CERTIFICATE} is for {names}, and not for {' or '.join(hosts)}"
             cause = "clients that verify compare it with the name that they connect to"
             remedy = "get one for the name that clients use; control/me should be that name"
             report.warning("certificate-name", what, remedy, cause)
@@ -145,30 +151,37 @@ def _is_host_name(name: bytes) -> bool:
 
 
 def _examine_rights(subject: Subject, report: Report) -> None:
-    """Whether others can read the key."""
-    path = subject.path(CERTIFICATE)
-    if os.stat(path).st_mode & 0o004:
-        what = f"{path} has the private key, and every user of this host can read it"
-        remedy = f"chgrp {group_name(os.getegid())} {path}; chmod 640 {path}"
-        report.warning("key-readable", what, remedy)
+    """Whether others can read a key."""
+    by_name = [f"{BY_NAME}/{name}/servercert.pem" for name in _names_by_sni(subject)]
+    for file in (SERVER_CERTIFICATE, *by_name):
+        for path in map(subject.path, (file, second(file))):
+            if os.path.exists(path) and os.stat(path).st_mode & 0o004:
+                what = f"{path} has a private key, and every user of this host can read it"
+                remedy = f"chgrp {group_name(os.getegid())} {path}; chmod 640 {path}"
+                report.warning("key-readable", what, remedy)
 
 
 def _names_by_sni(subject: Subject) -> list[str]:
     """The names that have a certificate of their own."""
     try:
-        return sorted(os.listdir(subject.path("control/servercerts")))
+        return sorted(os.listdir(subject.path(BY_NAME)))
     except OSError:
         return []
 
 
 def _examine_sni(subject: Subject, name: str, report: Report) -> None:
     """What a client is sent that asks for this name."""
-    path = f"control/servercerts/{name}/servercert.pem"
+    path = f"{BY_NAME}/{name}/servercert.pem"
     host = name.replace("*", "any", 1)
     trial = subject.try_session(server_name=host)
     for why in _errors(trial.log):
         explain(why, report)
-    if not trial.chain:
+    if not os.path.exists(subject.path(path)):
+        what = (
+            f"{path} is not there, or may not be reached: clients that ask for {host} get another"
+        )
+        report.warning("certificate-sni", what, "put it there, or remove the directory")
+    elif not trial.chain:
         what = f"{path}: a client that asks for {host} gets no TLS: {trial.failure}"
         report.error("certificate-sni", what, "mend the file, or remove the directory")
     elif not certificates.covers(trial.chain[0], host):
@@ -181,20 +194,28 @@ def _examine_sni(subject: Subject, name: str, report: Report) -> None:
 
 def _tell_of_no_tls(subject: Subject, trial: Trial, report: Report) -> None:
     """Where there is no TLS: what that means, and what can be seen in the file."""
-    path = subject.path(CERTIFICATE)
+    path = subject.path(SERVER_CERTIFICATE)
     exists = os.path.lexists(path)
-    text = "none" if exists else f"none: {CERTIFICATE} is not there"
+    settings = subject.server.settings
+    text = "none" if exists else f"none: {SERVER_CERTIFICATE} is not there"
+    text = "none (DISABLETLS)" if settings.disable_tls and not subject.server.is_smtps else text
     report.fact("TLS", text, version="", cipher="")
     _examine_file(path, report)
-    settings = subject.server.settings
+    if settings.require_tls and trial.greeting:
+        what = "REQUIRETLS is set, and TLS is not to be had: every client is turned away"
+        report.error("require-tls", what, "mend TLS, or unset REQUIRETLS")
     if subject.server.is_smtps and not exists:
-        report.error("no-certificate", f"SMTPS is set, and there is no {CERTIFICATE}", "make cert")
+        report.error(
+            "no-certificate", f"SMTPS is set, and there is no {SERVER_CERTIFICATE}", "make cert"
+        )
     elif settings.auth.mechanisms and settings.force_tls and trial.greeting:
         what = "AUTH needs TLS, and TLS is not to be had: nobody can authenticate"
         remedy = "make cert makes a certificate; or FORCETLS=0, which has passwords sent in clear"
-        report.error("auth-without-tls", what, remedy if not exists else "mend TLS, see above")
+        remedy = "mend TLS, see above" if exists else remedy
+        remedy = "unset DISABLETLS" if settings.disable_tls else remedy
+        report.error("auth-without-tls", what, remedy)
     elif subject.is_for_users and not exists:
-        what = f"port {subject.port} is for users, and there is no TLS: no {CERTIFICATE}"
+        what = f"port {subject.port} is for users, and there is no TLS: no {SERVER_CERTIFICATE}"
         report.warning("no-certificate", what, "make cert")
 
 
@@ -204,7 +225,7 @@ def _examine_file(path: str, report: Report) -> None:
         chain = certificates.load(path)
     except (OSError, ValueError):
         return  # the program has told
-    certificates.examine_chain(chain, CERTIFICATE, report)
+    certificates.examine_chain(chain, SERVER_CERTIFICATE, report)
 
 
 # Client certificates

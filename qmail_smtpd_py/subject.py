@@ -171,11 +171,15 @@ class Subject:
         return environ
 
     def try_session(self, server_name: str | None = None, **options: object) -> Trial:
-        """Have a session; see Trial."""
+        """Have a session; see Trial.  It leaves no trace; only the first waits to be greeted."""
         trial = Trial(self.server.is_smtps, server_name)
+        environ = self.session_environ()
+        environ.pop(b"SMTPTRACE", None)
+        if server_name or options:
+            environ[b"SMTPD_GREETDELAY"] = b"0"
         return trial.run(
             self.smtpd,
-            self.session_environ(),
+            environ,
             self.arguments,
             self.chain.limits,
             **options,  # type: ignore[arg-type]

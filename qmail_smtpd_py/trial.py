@@ -175,7 +175,7 @@ class Trial:
         tls = SSL.Connection(self._context(version, ciphers), None)
         tls.set_connect_state()
         if self._server_name:
-            tls.set_tlsext_host_name(self._server_name.encode("idna"))
+            tls.set_tlsext_host_name(self._server_name.encode("ascii", "replace"))
         while True:
             try:
                 tls.do_handshake()

@@ -655,3 +655,51 @@ def test_memory_needs_are_those_of_the_documents():
     assert versions and len(rows) == 2
     columns = zip(*([int(text) for text in row] for row in rows))
     assert dict(zip(map(int, versions.groups()), columns)) == MEMORY_NEEDS
+
+
+@pytest.mark.parametrize(("limit", "codes"), [(47_000_000, ["memory"]), (49_000_000, [])])
+def test_memory_limit_of_the_listener(checked, limit, codes):
+    run = checked.run_file(memory=limit)
+    text = run.read_text().replace(f" {checked.home.programs}/qmail-smtpd", "")
+    run.write_text(text.replace("tcpserver", f"{checked.home.programs}/qmail-smtpd-listen"))
+    assert checked.find("--env-from", run).codes == codes
+
+
+# Where failed attempts are counted, and traces go
+
+
+def test_table_of_failed_attempts(checked):
+    directory = checked.home.writable("table")
+    checked.home.control("authfailtable", f"{directory}/failed")
+    found = checked.find()
+    assert found.codes == []
+    assert found.fact("failed AUTH")["text"] == f"counted in {directory}/failed"
+    assert list(directory.iterdir()) == []
+
+
+@as_root
+def test_table_of_failed_attempts_that_can_not_be_made(checked):
+    checked.home.control("authfailtable", "control/failed")
+    problem = checked.find().only("authfailtable", "warning")
+    assert "is not writable" in problem["what"]
+
+
+def test_no_trace_is_left(checked):
+    directory = checked.home.writable("traces")
+    found = checked.find(exports={"SMTPTRACE": directory})
+    assert found.codes == []
+    assert str(directory) in found.fact("trace")["text"]
+    assert list(directory.iterdir()) == []
+
+
+@as_root
+def test_trace_that_can_not_be_written(checked):
+    problem = checked.find(exports={"SMTPTRACE": "/nonexistent"}).only("trace", "warning")
+    assert "mkdir -p /nonexistent" in problem["remedy"]
+
+
+def test_greeting_delay_is_waited_for_once(checked):
+    checked.home.control("greetdelay", "1")
+    found = checked.find()
+    assert found.codes == []
+    assert found.fact("limits")["greeting_delay"] == 1

@@ -249,3 +249,111 @@ def test_revocations_of_another_authority(checked, clients):
 def test_revocations_that_are_none(checked, clients):
     checked.home.control("clientcrl.pem", "nothing")
     assert "get the file anew" in checked.find().only("crl-unusable", "error")["remedy"]
+
+
+# More than one certificate
+
+
+@pytest.fixture
+def by_name(checked):
+    """Put a certificate into control/servercerts/NAME."""
+
+    def put(name, certificate, mode=0o640):
+        directory = checked.home.path / "control/servercerts" / name
+        directory.mkdir(parents=True)
+        text = certificate.key_pem + certificate.chain
+        return checked.home.control(f"servercerts/{name}/servercert.pem", text, mode)
+
+    return put
+
+
+def certificate_facts(found):
+    return {fact["file"]: fact for fact in found.report["facts"] if fact["name"] == "certificate"}
+
+
+def test_certificate_by_name(checked, by_name, long_authority):
+    """Each name is asked for, and a wildcard by a name that it stands for."""
+    for name in ("mx.example.net", "*.example.com"):
+        by_name(name, Certificate("x", issuer=long_authority, days=60, hosts=(name,)))
+    found = checked.find()
+    assert found.codes == [], found
+    facts = certificate_facts(found)
+    assert facts["control/servercerts/mx.example.net/servercert.pem"]["names"] == ["mx.example.net"]
+    assert facts["control/servercerts/*.example.com/servercert.pem"]["days_left"] in (59, 60)
+
+
+def test_certificate_by_name_that_has_expired(checked, by_name, long_authority):
+    made = Certificate("x", issuer=long_authority, days=-1, hosts=("mx.example.net",))
+    by_name("mx.example.net", made)
+    problem = checked.find().only("certificate-expired", "error")
+    assert problem["what"].startswith("control/servercerts/mx.example.net/servercert.pem has")
+
+
+def test_certificate_by_name_that_is_for_another(checked, by_name, long_authority):
+    made = Certificate("x", issuer=long_authority, days=60, hosts=("www.example.net",))
+    by_name("mx.example.net", made)
+    problem = checked.find().only("certificate-sni", "warning")
+    assert "gets the certificate of www.example.net" in problem["what"]
+
+
+def test_directory_that_no_name_leads_to(checked, by_name, long_authority):
+    made = Certificate("x", issuer=long_authority, days=60, hosts=("mx.example.net",))
+    by_name("MX.example.net", made)
+    assert "MX.example.net" in checked.find().only("certificate-sni", "warning")["what"]
+    (checked.home.path / "control/servercerts/empty.example.net").mkdir()
+    assert checked.find().codes == ["certificate-sni", "certificate-sni"]
+
+
+@as_root
+def test_certificate_by_name_that_the_user_can_not_read(checked, by_name, long_certificate):
+    path = by_name("mx.example.net", long_certificate, 0o600)
+    os.chown(path, 0, 0)
+    found = checked.find()
+    assert found.problem("unreadable")["remedy"].endswith(f"chmod 640 {path}")
+
+
+def test_key_by_name_that_everybody_can_read(checked, by_name, long_authority):
+    made = Certificate("x", issuer=long_authority, days=60, hosts=("mx.example.net",))
+    path = by_name("mx.example.net", made, 0o644)
+    assert str(path) in checked.find().only("key-readable", "warning")["what"]
+
+
+def test_two_key_types(checked, long_authority):
+    """Both are seen, as each client gets the one that it can use."""
+    rsa, ecdsa = (
+        Certificate(NAME, key_type, issuer=long_authority, days=days)
+        for key_type, days in (("RSA-2048", 80), ("ECDSA-P256", 3))
+    )
+    checked.home.certificate(rsa.key_pem + rsa.chain)
+    checked.home.control("servercert-ecdsa.pem", ecdsa.key_pem + ecdsa.chain, 0o640)
+    found = checked.find()
+    keys = {fact["key"] for fact in found.report["facts"] if fact["name"] == "certificate"}
+    assert keys == {"RSA 2048", "ECDSA secp256r1"}
+    found.only("certificate-expires", "warning")
+
+
+# Policy
+
+
+def test_disabletls(checked, users_port):
+    found = checked.find(exports={"DISABLETLS": "1"})
+    assert found.codes == []
+    assert found.fact("TLS")["text"] == "none (DISABLETLS)"
+    exports = {"DISABLETLS": "1", **users_port["exports"]}
+    problem = checked.find(**{**users_port, "exports": exports}).only("auth-without-tls", "error")
+    assert problem["remedy"] == "unset DISABLETLS"
+
+
+def test_requiretls(checked):
+    found = checked.find(exports={"REQUIRETLS": "1"})
+    assert found.codes == []
+    assert "required (REQUIRETLS)" in found.fact("TLS")["text"]
+    (checked.home.path / "control/servercert.pem").unlink()
+    checked.find(exports={"REQUIRETLS": "1"}).only("require-tls", "error")
+
+
+def test_fixcrio_breaks_tls(checked):
+    run = checked.run_file()
+    smtpd = str(checked.home.programs / "qmail-smtpd")
+    run.write_text(run.read_text().replace(smtpd, f"fixcrio {smtpd}"))
+    checked.find("--env-from", run).only("fixcrio", "error")
