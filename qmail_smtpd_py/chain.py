@@ -63,7 +63,8 @@ class Chain:
 
     `uid` and `gid` are None where nobody says; `limits` are in octets or a number; `program` is the
     qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`, the check program's;
-    `wrappers` are the programs before it that change nothing of all this.
+    `wrappers` are the programs before it that change nothing of all this, `troubles` what keeps the
+    chain from getting to its end, each with its remedy.
     """
 
     def __init__(self, directory: str, note: Callable[[str], None]) -> None:
@@ -84,6 +85,7 @@ class Chain:
         self.program: str | None = None
         self.arguments: list[str] = []
         self.wrappers: set[str] = set()
+        self.troubles: list[tuple[str, str]] = []
 
     def change_directory(self, path: str) -> None:
         """`cd`: what is relative is relative to this."""
@@ -112,7 +114,7 @@ class Chain:
         elif name == "env":
             rest = _env(rest, environ)
         elif name == "envdir":
-            read_envdir(os.path.join(self._directory, rest[0] if rest else ""), environ)
+            self._take_envdir(os.path.join(self._directory, rest[0] if rest else ""), environ)
             rest = rest[1:]
         elif name in ("setuidgid", "envuidgid"):
             self._become(name, rest[0] if rest else "", environ)
@@ -143,12 +145,20 @@ class Chain:
                     self.limits[resource] = int(value)
         return rest
 
+    def _take_envdir(self, path: str, environ: dict[str, str]) -> None:
+        try:
+            read_envdir(path, environ)
+        except OSError as error:
+            what = f"envdir can not read {path}: {error.strerror}, so the service does not start"
+            self.troubles.append((what, "make that directory, or correct its name"))
+
     def _become(self, name: str, account: str, environ: dict[str, str]) -> None:
         """setuidgid and envuidgid: the user and its group, or what -U is to become."""
         try:
             user = pwd.getpwnam(account)
         except KeyError:
-            self._note(f"{name}: there is no user {account}")
+            what = f"{name}: there is no user {account}, so the service does not start"
+            self.troubles.append((what, "make the user, or correct the name"))
             return
         if name == "setuidgid":
             self.uid, self.gid = user.pw_uid, user.pw_gid

@@ -77,6 +77,8 @@ class Service:
         for name in run.missing_users:
             what = f"the run file asks for the user {name}, and there is no such user"
             report.error("no-such-user", what, "make the user, or correct the name")
+        for what, remedy in run.chain.troubles:
+            report.error("run-file", what, remedy)
         for line, name, value, is_used in run.unexported:
             is_ours = name in _SERVICE_VARIABLES
             if is_used and not is_ours:

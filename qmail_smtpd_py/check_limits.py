@@ -34,8 +34,11 @@ def examine(subject: Subject, trial: Trial, report: Report) -> None:
     values = {"databytes": settings.databytes, "timeout": server.timeout, **values}
     values["session"] = server.longest_session
     values["greeting_delay"] = server.greeting_delay
-    told = [f"{name.replace('_', ' ')} {number or 'none'}" for name, number in values.items()]
-    report.fact("limits", ", ".join(told), **values)
+    words = {name: name.replace("_", " ") for name in values}
+    told = [f"{words[name]} {number}" for name, number in values.items() if number]
+    none = [words[name] for name, number in values.items() if not number]
+    text = ", ".join(told) + (f"; none: {', '.join(none)}" if none else "")
+    report.fact("limits", text, **values)
     if 0 < settings.databytes < _SMALLEST_DATABYTES:
         what = f"databytes is {settings.databytes}: hardly any message is that small"
         report.warning("databytes", what, "it is in octets: 10000000 are 10 MB; 0 is no limit")

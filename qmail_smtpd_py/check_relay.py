@@ -6,6 +6,7 @@ import os
 
 from .cdb import CdbError, find
 from .check_auth import examine_variables
+from .findings import counted
 from .tcprules import instructions
 
 TYPE_CHECKING = False
@@ -135,7 +136,7 @@ def _tell_of_rules(subject: Subject, report: Report) -> None:
     relays = [key for key, sets in found if sets is not None and b"RELAYCLIENT" in sets]
     denied = sum(sets is None for _, sets in found)
     default = "are turned away" if subject.default_rule is None else "may connect"
-    text = f"{path}: {len(found)} rules, {denied} deny; all others {default}"
+    text = f"{path}: {counted(len(found), 'rule')}, {denied} of which deny; all others {default}"
     report.fact("rules", text, rules=len(found))
     report.fact(
         "relaying", " ".join(key or ":" for key in relays) or "no address", addresses=relays

@@ -244,5 +244,5 @@ def _examine_clients(subject: Subject, report: Report) -> None:
     number = certificates.examine_authorities(
         "control/clientca.pem", "control/clientcrl.pem", report
     )
-    text = f"{len(clients)} addresses may relay, of {number} authorities"
+    text = f"{len(clients)} may relay, with certificates of {number} authorit{'y' if number == 1 else 'ies'}"
     report.fact("tlsclients", text, clients=len(clients), authorities=number)

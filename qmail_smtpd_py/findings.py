@@ -105,7 +105,7 @@ class Report:
             lines += [f"  {note}" for note in self.notes]
         for problem in sorted(self.problems, key=_by_level):
             lines += ["", *_render(problem)]
-        counts = (_counted(self.count(ERROR), ERROR), _counted(self.count(WARNING), WARNING))
+        counts = [counted(self.count(level), level) for level in (ERROR, WARNING)]
         return "\n".join([*lines, "", ", ".join(counts)]) + "\n"
 
 
@@ -133,8 +133,9 @@ def _wrap(name: str, text: str) -> Iterable[str]:
     )
 
 
-def _counted(number: int, level: str) -> str:
-    return f"{number or 'no'} {level}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str) -> str:
+    """So many things; none is `no`."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
 def printable(text: str) -> str:

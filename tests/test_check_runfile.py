@@ -7,6 +7,8 @@ import pwd
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import lists, sampled_from
 
 from qmail_smtpd_py import shellwords
 from qmail_smtpd_py.runfile import RunFile
@@ -283,6 +285,29 @@ def test_where_the_log_goes(end: str) -> None:
 def test_pipe_behind_the_last_command() -> None:
     run = read("tcpserver 0 25 qmail-smtpd 2>&1 | splogger smtpd 3 &")
     assert (run.has_joined_log, run.chain.program, run.notes) == (True, "qmail-smtpd", [])
+
+
+@pytest.mark.parametrize("command", ["envdir /nonexistent", "setuidgid no.such.user"])
+def test_what_keeps_the_service_from_starting(command: str) -> None:
+    run = read(f"exec {command} tcpserver 0 25 qmail-smtpd 2>&1")
+    assert run.chain.program == "qmail-smtpd"
+    ((what, remedy),) = run.chain.troubles
+    assert what.endswith("so the service does not start")
+    assert remedy
+
+
+PIECES = (
+    *("exec ", "export ", "env ", "envdir ", "softlimit -m ", "tcpserver ", "sh -c ", "-u ", "0 "),
+    *("qmail-smtpd", "A=", "$A", "${A", "}", "$(", ")", "`", "'", '"', "\\", "\n", "id -u root"),
+    *("if ", "then ", "fi", "case ", "esac", "{ ", "&&", "||", ";", "|", "<", ">", "<<", "#", " "),
+)
+
+
+@given(lists(sampled_from(PIECES), max_size=25))
+@settings(max_examples=1000, deadline=None)
+def test_any_script_is_read_without_an_error(pieces: list[str]) -> None:
+    run = read("".join(pieces))
+    assert all(note.isprintable() or "\n" in note for note in run.notes)
 
 
 # The documents' run files

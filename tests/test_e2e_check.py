@@ -466,7 +466,7 @@ def test_rules(checked):
     found = checked.find(options=["-x", cdb])
     assert found.codes == []
     assert found.fact("rules")["rules"] == 3
-    assert "1 deny" in found.fact("rules")["text"]
+    assert "1 of which deny" in found.fact("rules")["text"]
     assert found.fact("relaying")["addresses"] == ["127."]
 
 
