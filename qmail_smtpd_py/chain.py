@@ -61,10 +61,10 @@ DEFAULT_CONCURRENCY = 40
 class Chain:
     """What the programs of a chain say.
 
-    `uid` and `gid` are None where nobody says; `limits` are in octets or a number; `program` is the
-    qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`, the check program's;
-    `wrappers` are the programs before it that change nothing of all this, `troubles` what keeps the
-    chain from getting to its end, each with its remedy.
+    `uid` and `gid` are None where nobody says; `limits` are in octets or a number.  `server` is
+    what listens, with its `server_flags`; `wrappers` are programs that change nothing that is kept
+    here.  `program` is the qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`,
+    the check program's.  `troubles` are what keeps the chain from getting to its end, and remedies.
     """
 
     def __init__(self, directory: str, note: Callable[[str], None]) -> None:
@@ -85,6 +85,7 @@ class Chain:
         self.program: str | None = None
         self.arguments: list[str] = []
         self.wrappers: set[str] = set()
+        self.server_flags: set[str] = set()
         self.troubles: list[tuple[str, str]] = []
 
     def change_directory(self, path: str) -> None:
@@ -170,6 +171,7 @@ class Chain:
         short, long = SERVERS[name]
         flags, rest = getopt.getopt(words[1:], short, list(long))
         self.server = name
+        self.server_flags = {flag for flag, _ in flags}
         for flag, value in flags:
             self._take(flag, value, environ)
         if not self.helper:

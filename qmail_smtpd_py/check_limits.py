@@ -93,7 +93,8 @@ def needed(with_tls: bool, minor: int = sys.version_info.minor) -> int:
 
 def _examine_memory(subject: Subject, trial: Trial, report: Report) -> None:
     limit = memory_limit(subject)
-    with_tls = subject.server.is_smtps or os.path.lexists("control/servercert.pem")
+    has_own_tls = subject.server.is_smtps or os.path.lexists("control/servercert.pem")
+    with_tls = has_own_tls and not subject.has_tls_in_front
     need = needed(with_tls)
     if with_tls and subject.chain.server == LISTENER:
         need = max(need, LISTENER_NEEDS * 1_000_000)

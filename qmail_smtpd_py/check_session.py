@@ -41,12 +41,25 @@ def examine(subject: Subject, report: Report) -> Trial:
         report.fact("client sees", f"220 {trial.greeting}; {' '.join(offers[1:])}", offers=offers)
     if trial.failure:
         _tell_of_failure(trial, report)
-    if trial.version:
+    if subject.has_tls_in_front:
+        _tell_of_sslserver(subject, report)
+    elif trial.version:
         _tell_of_tls(subject, trial, report)
     else:
         _tell_of_no_tls(subject, trial, report)
     _examine_clients(subject, report)
     return trial
+
+
+def _tell_of_sslserver(subject: Subject, report: Report) -> None:
+    """TLS that another program does."""
+    text = "by sslserver, whose certificate and ciphers were not looked at"
+    report.fact("TLS", text, version="", cipher="")
+    if not subject.chain.server_flags & {"-n", "-s"}:
+        what = (
+            "sslserver without -s: qmail-smtpd does not know that there is TLS, and offers no AUTH"
+        )
+        report.warning("sslserver", what, "add -s, or -n for STARTTLS")
 
 
 def _errors(log: Iterable[str]) -> list[str]:
@@ -244,5 +257,5 @@ def _examine_clients(subject: Subject, report: Report) -> None:
     number = certificates.examine_authorities(
         "control/clientca.pem", "control/clientcrl.pem", report
     )
-    text = f"{len(clients)} may relay, with certificates of {number} authorit{'y' if number == 1 else 'ies'}"
+    text = f"{len(clients)} may relay; authorities: {number}"
     report.fact("tlsclients", text, clients=len(clients), authorities=number)

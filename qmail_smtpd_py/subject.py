@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     Parsed = TypeVar("Parsed")
 
+_CIPHER = b"TLS_AES_256_GCM_SHA384"
+
 USER_PORTS = (465, 587)
 """Where users send their mail, and no other host (RFC 8314)."""
 
@@ -119,6 +121,11 @@ class Subject:
         return self.chain.is_for_everybody and self.default_rule is not None
 
     @property
+    def has_tls_in_front(self) -> bool:
+        """Whether the server before the program does TLS: sslserver(1)."""
+        return self.chain.server == "sslserver"
+
+    @property
     def home(self) -> bytes:
         """The qmail home."""
         return self.environ.get(b"QMAILHOME") or HOME
@@ -166,6 +173,12 @@ class Subject:
             b"TCPREMOTEPORT": b"65535",
             **self.environ,
         }
+        if self.has_tls_in_front:
+            # With -n TLS begins later, by sslserver's leave; what comes before can be tried.
+            is_later = "-n" in self.chain.server_flags
+            environ.update({b"DISABLETLS": b"1"} if is_later else {})
+            if "-s" in self.chain.server_flags and not is_later:
+                environ.update({b"SSL_PROTOCOL": b"TLSv1.3", b"SSL_CIPHER": _CIPHER})
         if self.chain.local_host is not None:
             environ.setdefault(b"TCPLOCALHOST", os.fsencode(self.chain.local_host))
         return environ

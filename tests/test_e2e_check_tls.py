@@ -357,3 +357,31 @@ def test_fixcrio_breaks_tls(checked):
     smtpd = str(checked.home.programs / "qmail-smtpd")
     run.write_text(run.read_text().replace(smtpd, f"fixcrio {smtpd}"))
     checked.find("--env-from", run).only("fixcrio", "error")
+
+
+# TLS of another program
+
+
+def in_front(checked, options, **service):
+    """A run file with sslserver in the place of tcpserver, and no certificate of ours."""
+    (checked.home.path / "control/servercert.pem").unlink()
+    run = checked.run_file(**service, memory=20_000_000)
+    run.write_text(run.read_text().replace("tcpserver", f"sslserver {options}"))
+    return checked.find("--env-from", run)
+
+
+def test_sslserver(checked, users_port):
+    found = in_front(checked, "-es", **{**users_port, "port": 465})
+    assert found.codes == [], found
+    assert found.fact("TLS")["text"].startswith("by sslserver")
+    assert "AUTH LOGIN PLAIN" in found.fact("client sees")["offers"]
+
+
+def test_sslserver_that_tells_nothing(checked, users_port):
+    found = in_front(checked, "-e", **{**users_port, "port": 465})
+    assert found.only("sslserver", "warning")["remedy"] == "add -s, or -n for STARTTLS"
+
+
+def test_sslserver_with_starttls(checked, users_port):
+    found = in_front(checked, "-en", **users_port)
+    assert found.codes == [], found
