@@ -12,6 +12,7 @@ import argparse
 import os
 import pwd
 import sys
+from typing import NoReturn
 
 from . import check_auth, check_limits, check_queue, check_relay, check_session
 from .chain import Chain, read_envdir
@@ -24,9 +25,13 @@ from .subject import Subject
 
 MISUSED = 100
 
-_SERVICE_VARIABLES = (
-    *("SMTPAUTH", "FORCETLS", "SMTPS", "RELAYCLIENT", "DATABYTES", "QMAILQUEUE", "QMAILHOME"),
-    *("TLSCIPHERS", "QMAILMAILDIR", "SMTPUSERS", "TLSHELPER"),
+SERVICE_VARIABLES = (
+    *("AUTHFAILLIMIT", "AUTHFAILPERIOD", "AUTHFAILTABLE", "BRTLIMIT", "DATABYTES", "DISABLETLS"),
+    *("DROP_PRE_GREET", "FORCEAUTHMAILFROM", "FORCETLS", "HIDE_HOST", "MAXAUTHFAILURES"),
+    *("MAXBADCOMMANDS", "MAXRCPT", "MINRATE", "QMAILHOME", "QMAILMAILDIR", "QMAILQUEUE"),
+    *("QMAILQUEUE_CUSTOM_ERROR", "RELAYCLIENT", "REQUIRETLS", "SMTPAUTH", "SMTPD_GREETDELAY"),
+    *("SMTPS", "SMTPTRACE", "SMTPUSERS", "TIMEOUTSESSION", "TLSCIPHERS", "TLSHELPER"),
+    *("TLSMINVERSION", "TLSTICKETS"),
 )
 """Variables that are known to be meant for qmail-smtpd, so that one that does not get there is an
 error; of others it is a warning.
@@ -80,7 +85,7 @@ class Service:
         for what, remedy in run.chain.troubles:
             report.error("run-file", what, remedy)
         for line, name, value, is_used in run.unexported:
-            is_ours = name in _SERVICE_VARIABLES
+            is_ours = name in SERVICE_VARIABLES
             if is_used and not is_ours:
                 continue
             tell = report.error if is_ours else report.warning
@@ -153,8 +158,16 @@ def main() -> int:
     return report.exit_status
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that does not exit 2 for wrong arguments: that would be errors that were found."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(MISUSED, f"{self.prog}: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qmail-smtpd-check",
         description="Say what qmail-smtpd would do as it is set up, and what is wrong with that.",
         epilog="Exit status: 0 if there is nothing to do, 1 for warnings, 2 for errors.",

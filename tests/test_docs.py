@@ -19,6 +19,7 @@ from e2e.programs import need
 
 import qmail_smtpd_py
 from qmail_smtpd_py import qmail_queue, reply
+from qmail_smtpd_py.check import SERVICE_VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "qmail_smtpd_py"
@@ -203,6 +204,14 @@ def test_codes_of_problems_are_in_the_manual_page() -> None:
     described = set(re.findall(r"^\.Li (\S+)", source.partition(".Sh ")[0], re.M))
     assert codes - {None} >= {"memory", "open-relay", "certificate-expired", "not-exported"}
     assert described == codes - {None}
+
+
+def test_the_check_knows_each_variable_that_an_administrator_sets() -> None:
+    """So that one that a run file does not export is an error."""
+    read = found_in("smtpd", variables_read) - THE_INTERPRETERS
+    given = {name for name in read if name.startswith(("TCP", "SSL", "REMOTE_", "OPENSSL_"))}
+    others = {"QMAILMAILDIR", "SMTPUSERS"}  # those of the programs beside it
+    assert set(SERVICE_VARIABLES) == read - given | others
 
 
 def tells_a_problem(function: ast.AST) -> bool:

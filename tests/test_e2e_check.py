@@ -119,6 +119,14 @@ def test_environment_of_its_own(checked, passwords):
     assert found.fact("check program")["text"] == " ".join(map(str, passwords))
 
 
+def test_service_directory(checked):
+    """As svscan has it: its run file is taken."""
+    checked.run_file()
+    found = checked.find("--env-from", checked.home.path)
+    assert found.codes == [], found
+    assert found.fact("port")["port"] == 25
+
+
 @as_root
 def test_root_without_a_user(checked):
     found = checked.find("true", environ={"QMAILHOME": str(checked.home.path)})
@@ -136,12 +144,14 @@ def test_envdir(checked, passwords):
     assert found.fact("AUTH")["mechanisms"] == ["CRAM-MD5"]
 
 
-@pytest.mark.parametrize("arguments", [["--env-from", "/nonexistent"], ["--user", "no.such"]])
+@pytest.mark.parametrize(
+    "arguments", [["--env-from", "/nonexistent"], ["--user", "no.such"], ["--no-such-option"]]
+)
 def test_misuse(checked, arguments):
     command = [checked.program, *arguments]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
     assert (ended.returncode, ended.stdout) == (100, "")
-    assert ended.stderr.startswith("qmail-smtpd-check: ")
+    assert "\nqmail-smtpd-check: " in f"\n{ended.stderr}"
 
 
 @as_root
