@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 import sys
 
@@ -73,3 +74,25 @@ def test_pyopenssl_is_imported_for_starttls_and_not_before(stage: Stage) -> None
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     stage.control({"servercert.pem": "@server-rsa.pem"})
     assert imported(stage, b"EHLO client.example.com\r\n") == PLAIN
+
+
+@pytest.mark.tls
+@pytest.mark.parametrize("theirs", [None, "/dev/null"])
+def test_children_do_not_see_how_openssl_is_configured(stage: Stage, theirs: str | None) -> None:
+    """But by an administrator, who then has the tickets that OpenSSL gives by itself."""
+    stage.control({"me": "mx.example.org\n", "servercert.pem": "@server-ecdsa.pem"})
+    stage.environment({"OPENSSL_CONF": theirs} if theirs else {})
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with Program(stage) as program:
+        client = program.client
+        assert client.reply() == "220 mx.example.org ESMTP"
+        assert client.command(b"STARTTLS") == "220 ready for tls"
+        assert client.handshake(context) == "ok"
+        for line in (b"MAIL FROM:<>", b"RCPT TO:<u@example.org>", b"DATA", b"\r\nx\r\n."):
+            assert (client.command(line) or "")[0] in "23"
+        assert client.has_ticket is bool(theirs)
+        assert client.command(b"QUIT") == "221 mx.example.org"
+    (delivery,) = stage.deliveries()
+    assert delivery.environ.get("OPENSSL_CONF") == theirs

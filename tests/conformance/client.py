@@ -41,6 +41,12 @@ class Client:
         return self._tls.cipher if self._tls else None
 
     @property
+    def has_ticket(self) -> bool:
+        """Whether the server gave a ticket by which the session could be resumed; there is TLS."""
+        assert self._tls
+        return self._tls.has_ticket
+
+    @property
     def certificate(self) -> bytes:
         """The server's certificate, in DER; there is TLS."""
         assert self._tls
@@ -219,6 +225,11 @@ class Tls:
         chosen = self._tls.cipher()
         assert chosen
         return chosen[0]
+
+    @property
+    def has_ticket(self) -> bool:
+        session = self._tls.session
+        return session is not None and session.has_ticket
 
     @property
     def certificate(self) -> bytes:
