@@ -6,10 +6,11 @@ import os
 import random
 import signal
 import socket
+import sys
 from pathlib import Path
 
-import pytest
 from conformance.client import Client
+from conformance.program import ROOT
 from conformance.stage import Stage
 from listener.listening import (
     ADDRESS,
@@ -21,6 +22,7 @@ from listener.listening import (
 )
 from listener.mail import authenticate, begin_message, end_message, quit_, send_message, start_tls
 from listener.peers import compile_rules
+from listener.world import address
 
 pytest_plugins = ["listener.fixtures"]
 
@@ -38,111 +40,6 @@ def served_by(listener: Listening) -> int:
     [(worker, status)] = listener.ends()
     assert status == 0
     return worker
-
-
-# What is reread
-
-
-def test_changes_are_seen_by_the_next_connection_of_the_same_worker(mx: Stage) -> None:
-    mx.control({"tlsserverciphers": "ECDHE-RSA-AES128-GCM-SHA256\n"})
-    with Listening(mx, "-c", "1") as listener:
-        first = listener.greeted()
-        start_tls(first, max="1.2")
-        assert first.cipher == "ECDHE-RSA-AES128-GCM-SHA256"
-        (mx.home / "control" / "tlsserverciphers").unlink()
-        mx.control({"me": "new.example.org\n", "rcpthosts": "example.net\n", "databytes": "100\n"})
-        mx.control({"badmailfrom": "bad@example.com\n", "servercert.pem": "@server-ecdsa.pem"})
-        send_message(first)  # nothing changes under a session
-        quit_(first)
-        second = listener.connect()
-        assert second.reply() == "220 new.example.org ESMTP"
-        assert second.command(b"STARTTLS") == "220 ready for tls"
-        assert second.start_tls(max="1.2") == "ok"
-        assert "ECDSA" in (second.cipher or "")
-        assert "SIZE 100" in (second.command(b"EHLO x") or "")
-        assert second.command(b"MAIL FROM:<bad@example.com>") == "250 ok"
-        assert (second.command(b"RCPT TO:<u@example.net>") or "").startswith("553 ")
-        second.command(b"MAIL FROM:<good@example.com>")
-        assert second.command(b"RCPT TO:<u@example.net>") == "250 ok"
-        assert (second.command(b"RCPT TO:<u@example.org>") or "").startswith("553 ")
-        assert second.command(b"QUIT") == "221 new.example.org"
-        (mx.home / "control" / "servercert.pem").unlink()
-        (mx.home / "control" / "rcpthosts").unlink()
-        third = listener.connect()
-        assert third.reply() == "220 new.example.org ESMTP"
-        assert "STARTTLS" not in (third.command(b"EHLO x") or "")
-        third.command(b"MAIL FROM:<good@example.com>")
-        assert third.command(b"RCPT TO:<u@example.org>") == "250 ok"
-        assert third.command(b"QUIT") == "221 new.example.org"
-        assert len({worker for worker, _ in listener.ends(3)}) == 1
-
-
-def may_relay(listener: Listening, certificate: str = "client-alice.pem") -> bool:
-    """Whether a client with the certificate may send to anybody."""
-    client = listener.greeted()
-    start_tls(client, cert=certificate)
-    assert client.command(b"MAIL FROM:<a@client.example.com>") == "250 ok"
-    reply = client.command(b"RCPT TO:<u@elsewhere.example>") or ""
-    quit_(client)
-    return reply == "250 ok"
-
-
-@pytest.mark.tls
-def test_client_certificates_are_reread(mx: Stage) -> None:
-    """Who may relay by them, whom we trust to make them, and which are revoked."""
-    dave = "client-revoked.pem"
-    with Listening(mx, "-c", "1") as listener:
-        assert not may_relay(listener)
-        both = "alice@clients.example\ndave@clients.example\n"
-        mx.control({"clientca.pem": "@client-ca.pem", "tlsclients": both})
-        assert may_relay(listener)
-        assert may_relay(listener, dave)
-        mx.control({"clientcrl.pem": "@client-crl.pem"})
-        assert may_relay(listener)
-        assert not may_relay(listener, dave)
-        mx.control({"clientcrl.pem": "no list at all\n"})
-        assert not may_relay(listener)
-        (mx.home / "control" / "clientcrl.pem").unlink()
-        mx.control({"tlsclients": "dave@clients.example\n"})
-        assert not may_relay(listener)
-        assert may_relay(listener, dave)
-        mx.control({"clientca.pem": "@server-rsa.pem"})
-        assert not may_relay(listener, dave)
-        assert len({worker for worker, _ in listener.ends(9)}) == 1
-
-
-@pytest.mark.parametrize("change", ["rename", "in place", "symbolic link"])
-def test_however_a_file_is_changed(mx: Stage, tmp_path: Path, change: str) -> None:
-    """Ten times, each time with as many octets as before."""
-    me = mx.home / "control" / "me"
-    with Listening(mx, "-c", "1") as listener:
-        for number in range(10):
-            text = f"mx{number}.example.org"
-            path = me if change == "in place" else tmp_path / text
-            path.write_text(text + "\n")
-            if change == "rename":
-                path.rename(me)
-            elif change == "symbolic link":
-                me.unlink()
-                me.symlink_to(path)
-            client = listener.connect()
-            assert client.reply() == f"220 {text} ESMTP"
-            client.close()
-            listener.ends()
-
-
-def test_rules_are_seen_by_the_next_connection(mx: Stage, tmp_path: Path) -> None:
-    path = compile_rules(tmp_path / "rules.cdb", ":allow\n")
-    with Listening(mx, "-c", "1", "-x", str(path)) as listener:
-        for relays in (False, True, False):
-            compile_rules(path, ':allow,RELAYCLIENT=""\n' if relays else ":allow\n")
-            client = listener.greeted()
-            client.command(b"MAIL FROM:<a@example.com>")
-            reply = client.command(b"RCPT TO:<u@elsewhere.example>") or ""
-            assert reply.startswith("250" if relays else "553")
-            quit_(client)
-        compile_rules(path, ":deny\n")
-        assert listener.connect().read_to_end() == b""
 
 
 # How long a worker lives
@@ -264,6 +161,47 @@ def test_busy_workers_that_are_killed_do_not_look_like_a_loop(mx: Stage) -> None
             assert client.read_to_end() == b""
         quit_(listener.greeted())
         assert "no new ones" not in listener.log.text()
+
+
+DEFECTIVE = """
+import sys
+
+sys.path.insert(0, sys.argv.pop(1))
+from qmail_smtpd_py import listener, worker
+
+sound = worker.serve
+
+
+def serve(read_fd, write_fd, environ, *others):
+    if b"DEFECT" in environ:
+        raise ZeroDivisionError("what nobody may see")
+    return sound(read_fd, write_fd, environ, *others)
+
+
+worker.serve = serve
+sys.exit(listener.main())
+"""
+
+
+def test_a_defect_ends_a_worker_and_nothing_else(mx: Stage, tmp_path: Path) -> None:
+    """Its client is hung up on, and the log has the place of it, and no more."""
+    bad = address()
+    rules = compile_rules(tmp_path / "rules.cdb", f'{bad}:allow,DEFECT="1"\n:allow\n')
+    script = tmp_path / "qmail-smtpd-listen"
+    script.write_text(DEFECTIVE)
+    command = (sys.executable, "-I", str(script), str(ROOT))
+    with Listening(mx, "-x", str(rules), command=command) as listener:
+        other = listener.greeted()
+        begin_message(other)
+        for count in range(1, 8):
+            assert listener.connect(bad).read_to_end() == b""
+            where = r"ZeroDivisionError at qmail-smtpd-listen line \d+"
+            listener.log.wait_for(rf": fatal: {where}$", count)
+            listener.log.wait_for(r": warning: worker \d+ ended with status 1$", count)
+        end_message(other)
+        quit_(other)
+        quit_(listener.greeted())
+        assert "nobody may see" not in listener.log.text()
 
 
 def test_workers_that_die_at_birth_are_replaced_later_and_later(mx: Stage) -> None:
