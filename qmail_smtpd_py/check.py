@@ -197,7 +197,10 @@ def _compare_program(service: Service, smtpd: str, report: Report) -> None:
     there = os.path.realpath(started) if "/" in started else started
     if there != os.path.realpath(neighbour):
         what = f"the run file starts {started}, and what was checked is {neighbour}"
-        remedy = f"put {neighbour} into the run file, or run the qmail-smtpd-check beside {started}"
+        remedy = f"put {neighbour} into the run file, or a link to it in the place of {started}"
+        own_check = os.path.join(os.path.dirname(there), "qmail-smtpd-check")
+        if os.path.exists(own_check):
+            remedy = f"run {own_check}; or put {neighbour} into the run file"
         report.warning("other-program", what, remedy)
 
 

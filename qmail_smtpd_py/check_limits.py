@@ -23,6 +23,7 @@ LISTENER_NEEDS = 48
 """The same in MB for a worker of qmail-smtpd-listen with TLS: docs/listener.md."""
 
 _SMALLEST_DATABYTES = 10000
+_SECONDS = ("timeout", "session", "greeting_delay")
 
 
 def examine(subject: Subject, trial: Trial, report: Report) -> None:
@@ -35,7 +36,11 @@ def examine(subject: Subject, trial: Trial, report: Report) -> None:
     values["session"] = server.longest_session
     values["greeting_delay"] = server.greeting_delay
     words = {name: name.replace("_", " ") for name in values}
-    told = [f"{words[name]} {number}" for name, number in values.items() if number]
+    told = [
+        f"{words[name]} {number}{' s' if name in _SECONDS else ''}"
+        for name, number in values.items()
+        if number
+    ]
     none = [words[name] for name, number in values.items() if not number]
     text = ", ".join(told) + (f"; none: {', '.join(none)}" if none else "")
     report.fact("limits", text, **values)

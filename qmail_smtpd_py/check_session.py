@@ -83,7 +83,9 @@ def _tell_of_failure(trial: Trial, report: Report) -> None:
     remedy = (
         MEMORY if memory or not trial.log else "docs/log.md has the causes of what the log says"
     )
-    cause = cause or f"the program wrote nothing to its log; exit status {trial.status}"
+    status = trial.status or 0
+    end = f"exit status {status}" if status >= 0 else f"signal {-status}"
+    cause = cause or f"the program wrote nothing to its log, and ended by {end}"
     report.error("session", f"a session fails: {trial.failure}", remedy, cause)
 
 
