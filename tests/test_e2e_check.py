@@ -18,10 +18,12 @@ from e2e.service import DOMAIN, NAME, RUN
 pytest_plugins = ["e2e.fixtures"]
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+with_tls = pytest.mark.usefixtures("tls")
+"""For those to which TLS makes a difference; the others take less time without it."""
 
 
 @pytest.fixture
-def passwords(checked, users_file):
+def passwords(checked, users_file, tls):
     """The embedded check program with a users file, as arguments of qmail-smtpd."""
     checked.home.control("smtpusers", users_file, 0o640)
     return (checked.home.programs / "checkpassword-users", need("true")[0])
@@ -30,6 +32,7 @@ def passwords(checked, users_file):
 # Nothing wrong
 
 
+@with_tls
 def test_fine(checked):
     """A service without problems: each fact in its line, the counts at the end."""
     found = checked.find()
@@ -154,6 +157,7 @@ def test_misuse(checked, arguments):
     assert "\nqmail-smtpd-check: " in f"\n{ended.stderr}"
 
 
+@with_tls
 @as_root
 def test_another_user_can_not_become_the_service(checked):
     """It says so, and goes on with its own rights."""
@@ -193,6 +197,7 @@ def test_two_of_them_are_both_told(checked):
     assert "control/rcpthosts" in whats
 
 
+@with_tls
 def test_text_has_each_problem_and_ends_in_the_counts(checked):
     found = checked.find(exports={"SMTPAUTH": "yes"}, end="")
     assert found.codes == ["no-check-program", "no-log", "smtpauth-value"]
@@ -271,6 +276,7 @@ def test_no_2_1(checked):
     assert checked.find(end="", script="exec 2>&1").codes == []
 
 
+@with_tls
 @pytest.mark.parametrize("port", [587, 465])
 def test_port_for_users_without_auth(checked, port):
     exports = {"SMTPS": "1"} if port == 465 else {}
@@ -283,6 +289,7 @@ def test_port_465_without_smtps(checked, passwords):
     assert "export SMTPS=1" in found.only("no-smtps", "warning")["remedy"]
 
 
+@with_tls
 def test_port_25_with_smtps(checked):
     checked.find(exports={"SMTPS": "1"}).only("smtps-port", "warning")
 
@@ -354,11 +361,13 @@ def test_forcetls_that_does_not_turn_it_off(checked, passwords, value):
     assert "only FORCETLS=0 turns it off" in problem["remedy"]
 
 
+@with_tls
 def test_smtps_that_does_not_turn_it_off(checked):
     found = checked.find(exports={"SMTPS": "0"})
     assert found.codes == ["smtps-port", "smtps-value"]
 
 
+@with_tls
 def test_check_program_true(checked):
     (true,) = need("true")
     found = checked.find(port=587, exports={"SMTPAUTH": "!"}, check=(true, true))
@@ -366,6 +375,7 @@ def test_check_program_true(checked):
     assert "an open relay to everybody" in problem["cause"]
 
 
+@with_tls
 def test_no_check_program(checked):
     found = checked.find(exports={"SMTPAUTH": "!"})
     found.only("no-check-program", "error")
@@ -376,6 +386,7 @@ def test_check_program_that_is_never_asked(checked, passwords):
     assert problem["remedy"].startswith("export SMTPAUTH=''")
 
 
+@with_tls
 def test_check_program_that_is_not_there(checked):
     found = checked.find(exports={"SMTPAUTH": "!"}, check=("/no/such/vchkpw", "/bin/true"))
     assert "/no/such/vchkpw is not there" in found.only("check-program", "error")["what"]
@@ -388,6 +399,7 @@ def test_host_name_before_the_check_program(checked, passwords):
     assert problem["remedy"].startswith(f"take {NAME} off")
 
 
+@with_tls
 def test_check_program_that_is_not_executable(checked):
     program = checked.home.program("checkpw", "exit 0")
     program.chmod(0o644)
@@ -395,6 +407,7 @@ def test_check_program_that_is_not_executable(checked):
     assert f"chmod a+rx {program}" in found.only("check-program", "error")["remedy"]
 
 
+@with_tls
 def test_check_program_without_its_first_line(checked):
     program = checked.home.program("checker", "")
     program.write_text("exit 0\n")
@@ -402,6 +415,7 @@ def test_check_program_without_its_first_line(checked):
     assert "#!/bin/sh" in found.only("check-program", "error")["remedy"]
 
 
+@with_tls
 def test_check_program_whose_interpreter_is_not_there(checked):
     program = checked.home.program("checker", "")
     program.write_bytes(b"#!/bin/sh\r\nexit 0\r\n")
@@ -409,6 +423,7 @@ def test_check_program_whose_interpreter_is_not_there(checked):
     assert "'/bin/sh\\r'" in found.only("check-program", "error")["what"]
 
 
+@with_tls
 @as_root
 def test_check_program_that_is_not_setuid(checked):
     program = checked.home.path / "bin/vchkpw"
@@ -635,6 +650,7 @@ def test_queue_that_is_not_there(checked, queue):
 # Memory
 
 
+@with_tls
 def test_memory_limit_that_is_too_low_for_tls(checked):
     found = checked.find(memory=20_000_000)
     assert found.status == FAILED
@@ -651,7 +667,6 @@ def test_memory_limit_that_is_too_low_for_anything(checked):
 
 
 def test_memory_limit_is_that_without_tls_where_there_is_none(checked):
-    (checked.home.path / "control/servercert.pem").unlink()
     found = checked.find(memory=20_000_000)
     assert found.codes == []
 
@@ -667,6 +682,7 @@ def test_memory_needs_are_those_of_the_documents():
     assert dict(zip(map(int, versions.groups()), columns)) == MEMORY_NEEDS
 
 
+@with_tls
 @pytest.mark.parametrize(("limit", "codes"), [(47_000_000, ["memory"]), (49_000_000, [])])
 def test_memory_limit_of_the_listener(checked, limit, codes):
     run = checked.run_file(memory=limit)

@@ -12,6 +12,7 @@ from e2e.programs import need
 from e2e.service import NAME
 
 pytest_plugins = ["e2e.fixtures"]
+pytestmark = pytest.mark.usefixtures("tls")
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 

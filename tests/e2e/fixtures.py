@@ -109,10 +109,15 @@ def long_certificate(long_authority):
 
 
 @pytest.fixture
-def checked(programs, long_certificate):
-    """A home with nothing wrong in it, to be checked."""
+def checked(programs):
+    """A home with nothing wrong in it, to be checked; without TLS, which takes time."""
     need("tcprules")
     home = Home(programs)
-    home.certificate(long_certificate.key_pem + long_certificate.chain)
     yield Checked(home)
     home.remove()
+
+
+@pytest.fixture
+def tls(checked, long_certificate):
+    """A certificate for that home."""
+    checked.home.certificate(long_certificate.key_pem + long_certificate.chain)
