@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -261,6 +262,33 @@ def test_the_limit_holds_through_a_restart(mx: Stage) -> None:
         assert waiting.reply() == "220 mx.example.org ESMTP"
         quit_(old[1])
         quit_(waiting)
+
+
+def test_connections_from_before_a_restart_count(mx: Stage) -> None:
+    """Until they are over, be it that their worker is killed."""
+    with Listening(mx) as listener:
+        old = [listener.greeted() for _ in range(3)]
+        accepted = listener.log.wait_for(r": pid (\d+) from ", 3)
+
+        def tells(count: int) -> None:
+            def told() -> bool:
+                listener.signal(signal.SIGALRM)
+                return f"status: {count}/40" in listener.log.text()[mark:]
+
+            mark = len(listener.log.text())
+            eventually(told, f"status: {count}/40")
+
+        listener.signal(signal.SIGUSR2)
+        listener.log.wait_for(r": status: 0/40$", 2)
+        tells(3)
+        victim = int(accepted[0][1])
+        os.kill(victim, signal.SIGKILL)
+        assert old[0].read_to_end() == b""
+        listener.log.wait_for(rf"warning: worker {victim} was killed by signal 9$")
+        tells(2)
+        for client in old[1:]:
+            quit_(client)
+        tells(0)
 
 
 @pytest.mark.parametrize("drain", [60, 1])
