@@ -105,11 +105,14 @@ def nothing(made, other, issuer):
     return b""
 
 
+MISMATCH = "key values mismatch; the key is that of"
+
+
 @pytest.mark.parametrize(
     ("text", "what", "cause"),
     [
-        (wrong_key, "no valid private key", "key values mismatch; is it the key of the first"),
-        (wrong_order, "no valid private key", "key values mismatch; is it the key of the first"),
+        (wrong_key, "no valid private key", f"{MISMATCH} no certificate in it"),
+        (wrong_order, "no valid private key", f"{MISMATCH} certificate 2 in it, which has to be"),
         (no_key, "no valid private key", "no private key in it; append the key"),
         (no_certificate, "missing certificate", "no certificate in it"),
         (key_with_passphrase, "no valid private key", "the private key has a passphrase"),
