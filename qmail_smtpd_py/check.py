@@ -89,7 +89,8 @@ class Service:
             if is_used and not is_ours:
                 continue
             tell = report.error if is_ours else report.warning
-            what = f"line {line} sets {name}={value!r} without export: qmail-smtpd does not get it"
+            shown = f"{name}={value!r}" if is_ours else name  # of others it may be a secret
+            what = f"line {line} sets {shown} without export: qmail-smtpd does not get it"
             tell("not-exported", what, f"export {name}")
         if not run.chain.program:
             what = "no qmail-smtpd was found in the run file: its environment may be incomplete"
@@ -150,7 +151,10 @@ def main() -> int:
         return MISUSED
     service.examine_user(bool(arguments.user))
     _compare_program(service, smtpd, report)
-    report.add(_in_child(service, smtpd))
+    try:
+        report.add(_in_child(service, smtpd))
+    except ValueError:
+        report.error("check", "the check itself ended early", "run it again, with more memory")
     if os.geteuid() in (0, service.uid):
         subject = Subject(service.environ, [], service.chain, smtpd)
         check_queue.examine_directories(check_queue.program_of(subject), report)
@@ -210,20 +214,17 @@ def _in_child(service: Service, smtpd: str) -> str:
     sys.stdout.flush()
     pid = os.fork()
     if not pid:
-        os.close(reader)
-        with open(writer, "w", encoding="utf-8") as pipe:
-            pipe.write(_examine(service, smtpd).as_json())
-            pipe.flush()
-            os._exit(0)
+        try:
+            os.close(reader)
+            with open(writer, "w", encoding="utf-8") as pipe:
+                pipe.write(_examine(service, smtpd).as_json())
+        finally:
+            os._exit(0)  # whatever happens, the parent's work is not the child's
     os.close(writer)
     with open(reader, encoding="utf-8") as pipe:
         text = pipe.read()
     os.waitpid(pid, 0)
-    if text:
-        return text
-    report = Report()
-    report.error("check", "the check itself ended early", "run it again, with more memory")
-    return report.as_json()
+    return text
 
 
 def _examine(service: Service, smtpd: str) -> Report:
@@ -269,6 +270,9 @@ def _tell_of_port(subject: Subject, report: Report) -> None:
 def _examine_parts(subject: Subject, report: Report) -> None:
     server = subject.server
     report.fact("greeting", os.fsdecode(server.settings.greeting))
+    literal = subject.files.line("localiphost")
+    if literal is not None:
+        report.fact("localiphost", os.fsdecode(literal))
     check_auth.examine(subject, report)
     trial = check_session.examine(subject, report)
     check_relay.examine(subject, report)

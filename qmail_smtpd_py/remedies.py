@@ -15,8 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .findings import Report
 
-SECRET = ("servercert.pem", "rsa512.pem", "smtpusers")
-"""Control files that not everybody is to read: a key, passwords."""
+_SECRET = re.compile(r"(servercert.*\.pem|smtpusers)$")
+"""Control files that not everybody is to read: keys, passwords."""
 
 MEMORY = "a higher limit for softlimit in the run file: 64 MB (-m 64000000) are enough"
 
@@ -87,6 +87,6 @@ def remedy_for_reading(path: str) -> str:
         return f"make {whole}, or take its name out"
     if os.path.isdir(path):
         return f"{whole} is a directory: put a file in its place"
-    if os.path.basename(path) in SECRET or "servercerts/" in path:
+    if _SECRET.search(path):
         return f"chgrp {group_name(os.getegid())} {whole}; chmod 640 {whole}"
     return f"chmod a+r {whole}"

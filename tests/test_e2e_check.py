@@ -266,6 +266,12 @@ def test_not_exported_on_a_port_for_users(checked, passwords):
     checked.find(port=587, script="SMTPAUTH='!'", check=passwords).only("not-exported", "error")
 
 
+def test_value_that_may_be_a_secret_is_not_shown(checked):
+    found = checked.find(script="DBPASSWORD=geheim")
+    assert found.only("not-exported", "warning")["remedy"] == "export DBPASSWORD"
+    assert "geheim" not in f"{found}{checked.text(found)}"
+
+
 def test_variable_that_the_script_uses_is_none_of_ours(checked):
     assert checked.find(script='MAX=20\necho "$MAX"').codes == []
 

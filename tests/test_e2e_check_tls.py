@@ -319,6 +319,17 @@ def test_key_by_name_that_everybody_can_read(checked, by_name, long_authority):
     assert str(path) in checked.find().only("key-readable", "warning")["what"]
 
 
+@as_root
+def test_second_key_that_the_user_can_not_read(checked, long_authority):
+    """Nobody is told to open a key to everybody."""
+    made = Certificate(NAME, "RSA-2048", issuer=long_authority, days=80)
+    path = checked.home.control("servercert-ecdsa.pem", made.key_pem + made.chain, 0o600)
+    os.chown(path, 0, 0)
+    problem = checked.find().only("unreadable", "error")
+    assert problem["what"].endswith("left out")
+    assert problem["remedy"].endswith(f"{path}; chmod 640 {path}")
+
+
 def test_two_key_types(checked, long_authority):
     """Both are seen, as each client gets the one that it can use."""
     rsa, ecdsa = (
