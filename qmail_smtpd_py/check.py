@@ -21,21 +21,9 @@ from .log import where
 from .rights import group_name, owner, user_name
 from .runfile import RunFile
 from .smtpd import HOME, environment
-from .subject import Subject
+from .subject import SERVICE_VARIABLES, Subject
 
 MISUSED = 100
-
-SERVICE_VARIABLES = (
-    *("AUTHFAILLIMIT", "AUTHFAILPERIOD", "AUTHFAILTABLE", "BRTLIMIT", "DATABYTES", "DISABLETLS"),
-    *("DROP_PRE_GREET", "FORCEAUTHMAILFROM", "FORCETLS", "HIDE_HOST", "MAXAUTHFAILURES"),
-    *("MAXBADCOMMANDS", "MAXRCPT", "MINRATE", "QMAILHOME", "QMAILMAILDIR", "QMAILQUEUE"),
-    *("QMAILQUEUE_CUSTOM_ERROR", "RELAYCLIENT", "REQUIRETLS", "SMTPAUTH", "SMTPD_GREETDELAY"),
-    *("SMTPS", "SMTPTRACE", "SMTPUSERS", "TIMEOUTSESSION", "TLSCIPHERS", "TLSHELPER"),
-    *("TLSMINVERSION", "TLSTICKETS"),
-)
-"""Variables that are known to be meant for qmail-smtpd, so that one that does not get there is an
-error; of others it is a warning.
-"""
 
 
 class Misuse(Exception):

@@ -9,7 +9,7 @@ import os
 import re
 
 from . import check_certificates as certificates
-from .certificates import BY_NAME, SERVER_CERTIFICATE, second
+from .certificates import BY_NAME, SERVER_CERTIFICATE, named, second
 from .remedies import MEMORY, explain
 from .rights import group_name
 
@@ -56,9 +56,7 @@ def _tell_of_sslserver(subject: Subject, report: Report) -> None:
     text = "by sslserver, whose certificate and ciphers were not looked at"
     report.fact("TLS", text, version="", cipher="")
     if not subject.chain.server_flags & {"-n", "-s"}:
-        what = (
-            "sslserver without -s: qmail-smtpd does not know that there is TLS, and offers no AUTH"
-        )
+        what = "sslserver without -s: qmail-smtpd does not know of TLS, and offers no AUTH"
         report.warning("sslserver", what, "add -s, or -n for STARTTLS")
 
 
@@ -80,9 +78,7 @@ def _tell_of_failure(trial: Trial, report: Report) -> None:
     if _errors(trial.log):  # which are told already, and why
         report.fact("client sees", trial.failure)
         return
-    remedy = (
-        MEMORY if memory or not trial.log else "docs/log.md has the causes of what the log says"
-    )
+    remedy = MEMORY if memory or not trial.log else "docs/log.md has what the log's lines mean"
     status = trial.status or 0
     end = f"exit status {status}" if status >= 0 else f"signal {-status}"
     cause = cause or f"the program wrote nothing to its log, and ended by {end}"
@@ -149,11 +145,15 @@ def _tell_of_chain(subject: Subject, trial: Trial, where: str, report: Report) -
 
 
 def _examine_names(subject: Subject, found: list[x509.Certificate], report: Report) -> None:
-    """Whether the certificate is for a name that this host is known by."""
+    """Whether the certificate is for a name that this host is known by, and has no other for."""
     local = subject.session_environ().get(b"TCPLOCALHOST", b"")
     greeting = subject.server.settings.greeting.partition(b" ")[0]
     candidates = [subject.files.line("me") or b"", local, greeting]
-    hosts = [os.fsdecode(name) for name in dict.fromkeys(candidates) if _is_host_name(name)]
+    hosts = [
+        os.fsdecode(name)
+        for name in dict.fromkeys(candidates)
+        if _is_host_name(name) and not any(map(os.path.exists, named(name)))
+    ]
     for certificate in found:
         if hosts and not any(certificates.covers(certificate, host) for host in hosts):
             names = ", ".join(certificates.host_names(certificate)) or "no host name"
@@ -194,9 +194,7 @@ def _examine_sni(subject: Subject, name: str, report: Report) -> None:
     for why in _errors(trial.log):
         explain(why, report)
     if not os.path.exists(subject.path(path)):
-        what = (
-            f"{path} is not there, or may not be reached: clients that ask for {host} get another"
-        )
+        what = f"{path} can not be found: clients that ask for {host} get another certificate"
         report.warning("certificate-sni", what, "put it there, or remove the directory")
     elif not trial.chain:
         what = f"{path}: a client that asks for {host} gets no TLS: {trial.failure}"

@@ -1,13 +1,14 @@
 """What qmail-smtpd-check looks at: one service, as it would be started for a client.
 
 Settings come from `smtpd.Server`, the object that serves connections, made with control files that
-remember what they were asked for: so what counts here is what counts there, and a control file or
-a variable that is added to the program is checked without a word in this file.
+remember what they were asked for: so what counts here is what counts there, and a control file that
+is added to the program is checked without a word in this file.
 """
 
 from __future__ import annotations
 
 import os
+import re
 
 from .control import ControlFiles
 from .effects import ControlError
@@ -25,6 +26,21 @@ if TYPE_CHECKING:
     from .findings import Report
 
     Parsed = TypeVar("Parsed")
+
+SERVICE_VARIABLES = (
+    *("AUTHFAILLIMIT", "AUTHFAILPERIOD", "AUTHFAILTABLE", "BRTLIMIT", "DATABYTES", "DISABLETLS"),
+    *("DROP_PRE_GREET", "FORCEAUTHMAILFROM", "FORCETLS", "HIDE_HOST", "MAXAUTHFAILURES"),
+    *("MAXBADCOMMANDS", "MAXRCPT", "MINRATE", "QMAILHOME", "QMAILMAILDIR", "QMAILQUEUE"),
+    *("QMAILQUEUE_CUSTOM_ERROR", "RELAYCLIENT", "REQUIRETLS", "SMTPAUTH", "SMTPD_GREETDELAY"),
+    *("SMTPS", "SMTPTRACE", "SMTPUSERS", "TIMEOUTSESSION", "TLSCIPHERS", "TLSHELPER"),
+    *("TLSMINVERSION", "TLSTICKETS"),
+)
+"""Variables that are known to be meant for qmail-smtpd, so that one that does not get there is an
+error; of others it is a warning.
+"""
+
+_WITH_UNIT = re.compile(rb"[0-9]+ ?[A-Za-z]+")
+"""A number that is meant to be more than its digits, which are what counts."""
 
 _CIPHER = b"TLS_AES_256_GCM_SHA384"
 
@@ -65,24 +81,6 @@ class WatchedFiles(ControlFiles):
             what = f"control/{name}: {os.fsdecode(line)!a} counts as {number}"
             self._report.warning("not-a-number", what, "write digits only, without a unit")
         return number
-
-
-class WatchedEnviron(dict[bytes, bytes]):
-    """An environment that remembers which variables the program asked for."""
-
-    def __init__(self, variables: Mapping[bytes, bytes]) -> None:
-        super().__init__(variables)
-        self.asked: set[bytes] = set()
-
-    def get(self, name: bytes, default=None):  # type: ignore[no-untyped-def]
-        """As dict's."""
-        self.asked.add(name)
-        return super().get(name, default)
-
-    def __contains__(self, name: object) -> bool:
-        if isinstance(name, bytes):
-            self.asked.add(name)
-        return super().__contains__(name)
 
 
 class Subject:
@@ -149,17 +147,17 @@ class Subject:
     def load(self, report: Report) -> bool:
         """Make the Server, in the qmail home; whether that was possible."""
         self.files = WatchedFiles(report)
-        environ = WatchedEnviron(self.session_environ())
+        environ = self.session_environ()
         try:
             Resources(self.files).go_home(self.home)
             self.server = Server(environ, self.arguments, Resources(self.files))
         except ControlError as error:
             explain(str(error), report)
             return False
-        for name in sorted(environ.asked):
-            value = environ.get(name, b"")
-            if value[:1].isdigit() and not value.isdigit() and not name.startswith(b"TCP"):
-                what = f"{os.fsdecode(name)}={os.fsdecode(value)} is no number"
+        for name in SERVICE_VARIABLES:
+            value = environ.get(name.encode(), b"")
+            if _WITH_UNIT.fullmatch(value) and name != "TLSCIPHERS":
+                what = f"{name}={os.fsdecode(value)} is no number"
                 report.warning("not-a-number", what, "write digits only, without a unit")
         return True
 

@@ -19,7 +19,7 @@ from e2e.programs import need
 
 import qmail_smtpd_py
 from qmail_smtpd_py import qmail_queue, reply
-from qmail_smtpd_py.check import SERVICE_VARIABLES
+from qmail_smtpd_py.subject import SERVICE_VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "qmail_smtpd_py"

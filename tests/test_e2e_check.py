@@ -240,6 +240,12 @@ def test_number_with_a_unit(checked, text, counts):
     assert found.fact("limits")["databytes"] == counts
 
 
+def test_variable_with_a_unit(checked):
+    """A version of TLS is no number."""
+    found = checked.find(exports={"MAXRCPT": "10k", "TLSMINVERSION": "1.3"})
+    assert found.only("not-a-number", "warning")["what"] == "MAXRCPT=10k is no number"
+
+
 def test_limits_are_told(checked):
     checked.home.control("databytes", "10000000")
     checked.home.control("maxrcpt", "77")

@@ -283,6 +283,13 @@ def test_certificate_by_name(checked, by_name, long_authority):
     assert facts["control/servercerts/*.example.com/servercert.pem"]["days_left"] in (59, 60)
 
 
+def test_name_of_this_host_has_a_certificate_of_its_own(checked, by_name, long_authority):
+    default = Certificate("x", issuer=long_authority, days=60, hosts=("www.example.net",))
+    checked.home.certificate(default.key_pem + default.chain)
+    by_name(NAME, Certificate("x", issuer=long_authority, days=60, hosts=(NAME,)))
+    assert checked.find().codes == []
+
+
 def test_certificate_by_name_that_has_expired(checked, by_name, long_authority):
     made = Certificate("x", issuer=long_authority, days=-1, hosts=("mx.example.net",))
     by_name("mx.example.net", made)
