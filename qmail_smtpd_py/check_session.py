@@ -10,8 +10,7 @@ import re
 
 from . import check_certificates as certificates
 from .certificates import BY_NAME, SERVER_CERTIFICATE, named, second
-from .remedies import MEMORY, explain
-from .rights import group_name
+from .remedies import MEMORY, explain, remedy_for_a_secret
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -174,7 +173,7 @@ def _examine_rights(subject: Subject, report: Report) -> None:
         for path in map(subject.path, (file, second(file))):
             if os.path.exists(path) and os.stat(path).st_mode & 0o004:
                 what = f"{path} has a private key, and every user of this host can read it"
-                remedy = f"chgrp {group_name(os.getegid())} {path}; chmod 640 {path}"
+                remedy = remedy_for_a_secret(path)
                 report.warning("key-readable", what, remedy)
 
 

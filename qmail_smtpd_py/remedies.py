@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 
-from .rights import group_name, obstacle
+from .rights import obstacle, user_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,5 +88,13 @@ def remedy_for_reading(path: str) -> str:
     if os.path.isdir(path):
         return f"{whole} is a directory: put a file in its place"
     if _SECRET.search(path):
-        return f"chgrp {group_name(os.getegid())} {whole}; chmod 640 {whole}"
+        return remedy_for_a_secret(whole)
     return f"chmod a+r {whole}"
+
+
+def remedy_for_a_secret(path: str) -> str:
+    """How to let this process's user alone read a file, and its group if that is qmail's.
+
+    The user, not its group: that is nofiles, as a rule, whose members are to own no files.
+    """
+    return f"chown {user_name(os.geteuid())} {path}; chmod 640 {path}"

@@ -110,7 +110,7 @@ def test_file_that_the_user_can_not_read(checked):
     path.chmod(0o600)
     problem = checked.find().only("unreadable", "error")
     assert problem["cause"] == f"{path} is root:root 0600"
-    assert problem["remedy"].startswith("chgrp ")
+    assert problem["remedy"].startswith("chown ")
     assert problem["remedy"].endswith(f"{path}; chmod 640 {path}")
 
 
