@@ -35,7 +35,10 @@ def sockets(pid: int) -> Iterator[socket.socket]:
     library = ctypes.CDLL(None, use_errno=True)
     process = os.pidfd_open(pid)
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if not os.readlink(entry).startswith("socket:"):
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+        except FileNotFoundError:  # a file that it had open for a moment
             continue
         taken = library.syscall(PIDFD_GETFD, process, int(entry.name), 0)
         if taken < 0:
