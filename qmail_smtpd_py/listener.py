@@ -19,6 +19,7 @@ from .control import CachedControlFiles
 from .effects import ControlError
 from .options import NAME, USAGE, Options, StartError, UsageError
 from .prefork import Place, Pool
+from .rehearsal import rehearse
 from .smtpd import HOME, Resources, Server, environment, give_no_tickets
 from .worker import Helper, Service, Worker
 
@@ -111,10 +112,13 @@ class Listener:
 
         With the contexts go the keys of session tickets, which are not to be good for ever.
         """
-        if time.monotonic() > self._renew_at:
+        is_new = time.monotonic() > self._renew_at
+        if is_new:
             self._renew_at = time.monotonic() + self._options.max_age
             service.resources.contexts = tls.CachedContexts()
         _preload(service)
+        if is_new:
+            _rehearse(service)
 
     def _tell(self, line: str) -> None:
         """Log a line, unless -q says that nothing is to be told."""
@@ -222,6 +226,14 @@ def _preload(service: Service) -> None:
         service.complain(f"warning: {error}")
     except Exception as error:  # a defect: each connection may have it, the parent must not
         service.complain(f"warning: cannot load ahead: {log.where(error)}")
+
+
+def _rehearse(service: Service) -> None:
+    """Have the first sessions behind us, for the next fork to share what they set up."""
+    try:
+        rehearse(service.environ, service.arguments, service.resources)
+    except Exception as error:  # as above
+        service.complain(f"warning: cannot rehearse: {log.where(error)}")
 
 
 def _drop_privileges(options: Options) -> None:

@@ -259,7 +259,17 @@ def serve(
     with the variables of qmail-smtpd(8).  A connection handed over for TLS has `may_begin`: it is
     called when the handshake could begin, and says whether it may.
     """
-    wire = Wire(read_fd, write_fd, TIMEOUT)
+    return serve_on(Wire(read_fd, write_fd, TIMEOUT), environ, arguments, resources, may_begin)
+
+
+def serve_on(
+    wire: Wire,
+    environ: Mapping[bytes, bytes],
+    arguments: Sequence[bytes],
+    resources: Resources,
+    may_begin: Callable[[], bool] | None = None,
+) -> int:
+    """The same, for a wire that is there."""
     server = None
     try:
         resources.go_home(environ.get(b"QMAILHOME") or HOME)

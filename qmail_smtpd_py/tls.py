@@ -18,7 +18,7 @@ import os
 
 from . import certificates
 from .certificates import BY_NAME, SERVER_CERTIFICATE, TlsError
-from .channel import Channel, note_problem, reason
+from .channel import Channel, ClientChannel, note_problem, reason
 from .control import signature
 
 TYPE_CHECKING = False
@@ -84,6 +84,7 @@ class Context:
         if policy.ask_client or not policy.resumable:
             # A resumed session does not have its certificate looked at again.
             context.set_options(SSL.OP_NO_TICKET)
+        context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # of a connection that is idle
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.set_session_id(b"qmail-smtpd")
         self._choose_versions(policy.minimum)
@@ -322,20 +323,13 @@ def _rehearse(context: Context) -> None:
     """Make a handshake with ourselves, in memory: what OpenSSL sets up at its first one is then
     there, and shared, in every process forked after it.
     """
-    from OpenSSL import SSL
-
-    server = Channel(context)
-    client = SSL.Connection(SSL.Context(SSL.TLS_CLIENT_METHOD), None)
-    client.set_connect_state()
+    server, client = Channel(context), ClientChannel()
     try:
         for _ in range(3):  # TLS 1.3 needs two turns, TLS 1.2 three
-            try:
-                client.do_handshake()
-            except SSL.WantReadError:
-                pass
-            server.feed(client.bio_read(65536))
+            client.handshake()
+            server.feed(client.pending())
             if server.handshake():
                 return
-            client.bio_write(server.pending())
-    except (SSL.Error, TlsError):
+            client.feed(server.pending())
+    except TlsError:
         pass  # ciphers that our own client does not have, perhaps: others may
