@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 
-from . import background, log, sockets, tls
+from . import afterfork, background, log, sockets, tls
 from .control import CachedControlFiles
 from .effects import ControlError
 from .options import NAME, USAGE, Options, StartError, UsageError
@@ -256,6 +256,7 @@ def _complain(line: str) -> None:
 
 def main() -> int:
     """The program; the exit status is 111 where it could not start, as tcpserver's."""
+    afterfork.leave_out()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until they can be heeded
     _fill_descriptors()
     try:

@@ -6,17 +6,20 @@ wakes one.  What the parent must know of them stands in memory that all share, t
 connection costs the parent nothing:
 
     a worker    marks its place busy or idle; where too few are idle, it writes an octet to the
-                parent's pipe; it ends after so many connections, when told to, and when too many
-                are idle; that it is told shows on the board, and by the end of a pipe that the
-                parent holds open, which also ends with the parent
+                parent's pipe, unless the parent is going to look anyway; it ends after so many
+                connections, when told to, and when too many are idle; that it is told shows on the
+                board, and by the end of a pipe that the parent holds open, which also ends with
+                the parent
     the parent  sleeps until that pipe, a signal or a dead worker wakes it, and forks until enough
-                are idle, but never more than the limit of connections
+                are idle, but never more than the limit of connections; where workers take one
+                connection after the other, it waits, as more of them would do no more work
 
 A worker that crashes is replaced; where they crash as soon as they are there, later and later.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal without its enums
 import gc
 import mmap
 import os
@@ -35,21 +38,24 @@ _EMPTY, _IDLE, _BUSY, _LEAVING = b"\0", b"\1", b"\2", b"\3"
 _CRASH_DELAY, _LONGEST_CRASH_DELAY = 0.25, 30.0  # seconds; doubled with each crash in a row
 _MANY_CRASHES = 4  # in a row; as few may be chance
 _LOOK_SECONDS = 5.0  # between two looks of a worker for its parent
+_TICK = 0.05  # seconds; in which a worker that takes no new connection is held up by its client
 _YOUNG = 1.0  # seconds; who dies at that age, and not of a connection, can not work at all
 
 
 class Board:
     """The state of each worker, one octet a place, in memory shared by parent and workers.
 
-    The first two octets are the parent's: whether it is stopping, and its epoch, which changes when
-    workers are to be replaced.
+    The first octets are the parent's: whether it is stopping, its epoch, which changes when workers
+    are to be replaced, and whether it is going to look how many are idle.  Behind the states stand
+    the turns, an octet a place, which changes with each connection.
     """
 
-    _STOPPING, _EPOCH, _FIRST = 0, 1, 2
+    _STOPPING, _EPOCH, _LOOKING, _FIRST = 0, 1, 2, 3
 
     def __init__(self, places: int) -> None:
-        self._memory = mmap.mmap(-1, self._FIRST + places)
+        self._memory = mmap.mmap(-1, self._FIRST + 2 * places)
         self._end = self._FIRST + places
+        self._places = places
 
     def count(self, state: bytes) -> int:
         """How many workers are in a state."""
@@ -62,6 +68,26 @@ class Board:
     def mark(self, place: int, state: bytes) -> None:
         """Note the state of the worker at a place."""
         self._memory[self._FIRST + place] = state[0]
+
+    def take_turn(self, place: int) -> None:
+        """Note that the worker at a place has a new connection."""
+        self.mark(place, _BUSY)
+        turn = self._end + place
+        self._memory[turn] = (self._memory[turn] + 1) % 256
+
+    @property
+    def turns(self) -> tuple[bytes, bytes]:
+        """The states and the turns, a place an octet."""
+        return self._memory[self._FIRST : self._end], self._memory[self._end :]
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether the parent is going to look how many are idle, without being told."""
+        return bool(self._memory[self._LOOKING])
+
+    def look(self, soon: bool) -> None:
+        """Note whether the parent is going to."""
+        self._memory[self._LOOKING] = soon
 
     def free_place(self) -> int:
         """A place without a worker; -1 if there is none."""
@@ -123,8 +149,8 @@ class Place:
 
     def busy(self) -> None:
         """A connection was accepted; the parent is told if too few others wait for the next."""
-        self.board.mark(self._number, _BUSY)
-        if self.board.idle < self._least_idle:
+        self.board.take_turn(self._number)
+        if self.board.idle < self._least_idle and not self.board.is_looking:
             try:
                 os.write(self._notify, b".")
             except OSError:
@@ -154,7 +180,7 @@ class Place:
             if self._is_orphan():
                 give_up()
 
-        signal.signal(signal.SIGALRM, look)
+        _signal.signal(signal.SIGALRM, look)
         signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
 
     def _is_orphan(self) -> bool:
@@ -185,6 +211,8 @@ class Pool:
         self._prepare = prepare
         self._tell = tell
         self._places: dict[int, int] = {}  # by process id
+        self._turns = b""  # as they were when we looked
+        self._looked_at = 0.0
         self._births: dict[int, float] = {}  # likewise
         self._lifeline, self._held = os.pipe()
         self._hear, self._notify = os.pipe()
@@ -217,10 +245,44 @@ class Pool:
     def maintain(self) -> None:
         """Bury the dead, and fork until enough workers are idle."""
         self._bury()
+        self.board.look(soon=False)  # before we do: who becomes busy behind our back tells us
         if self.board.stopping or time.monotonic() < self._fork_at:
             return
-        while (self._owes_one or self.board.idle < self._least_idle) and self._fork():
+        wanted = min(self._wanted(), self.board.count(_EMPTY))
+        if wanted:
+            self._prepare()
+            gc.freeze()  # the children leave what is there alone, and its pages stay shared
+        while wanted and self._fork():
             self._owes_one = False
+            wanted -= 1
+
+    def _wanted(self) -> int:
+        """How many workers to fork: not one by one, as each time costs the parent the pages that it
+        writes to afterwards.
+        """
+        idle = self.board.idle
+        if idle >= self._least_idle:
+            return int(self._owes_one)
+        if not self._places:
+            return self._least_idle
+        few = self._most_idle - len(self._places)
+        if self._are_turning():
+            self.board.look(soon=True)
+            return max(few, int(self._owes_one))
+        return self._most_idle - idle + self.board.busy
+
+    def _are_turning(self) -> bool:
+        """Whether most of those that are busy have taken a connection since we looked, a moment
+        ago: what waits is taken soon.
+        """
+        now = time.monotonic()
+        if now < self._looked_at + _TICK:
+            return True
+        before, self._looked_at = self._turns, now
+        states, self._turns = self.board.turns
+        turns = zip(states, before, self._turns)
+        stuck = sum(state == _BUSY[0] and old == new for state, old, new in turns)
+        return 2 * stuck < states.count(_BUSY)
 
     def wait(self, longest: float | None, signals: int) -> None:
         """Sleep until there is something to do; `signals` is the descriptor that they wake."""
@@ -228,6 +290,8 @@ class Pool:
         waits = [longest] if longest is not None else []
         if self._fork_at > now and not self.board.stopping:
             waits.append(self._fork_at - now)
+        if self.board.is_looking:
+            waits.append(max(0.0, self._looked_at + _TICK - now))
         self._poll.register(signals, select.POLLIN)
         for descriptor, _ in self._poll.poll(min(waits) * 1000 + 1 if waits else None):
             try:
@@ -299,8 +363,6 @@ class Pool:
         place = self.board.free_place()
         if place < 0:
             return False
-        self._prepare()
-        gc.freeze()  # the children leave what is there alone, and its pages stay shared
         pipes, idle = (self._notify, self._lifeline), (self._least_idle, self._most_idle)
         # Here, as the epoch that counts is that of the lifeline: in the child there may be another.
         its_own = Place(self.board, place, self._pid, *pipes, *idle)
@@ -323,10 +385,10 @@ class Pool:
         status = 1
         try:
             for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGCHLD, signal.SIGUSR2):
-                signal.signal(number, signal.SIG_DFL)
+                _signal.signal(number, _signal.SIG_DFL)
             for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
                 # A handler, as what is ignored would stay ignored in children.
-                signal.signal(number, _leave_to_parent)
+                _signal.signal(number, _leave_to_parent)
             signal.set_wakeup_fd(-1)
             os.close(self._hear)
             os.close(self._held)

@@ -16,13 +16,15 @@ import socket
 from . import log
 from .certificates import TlsError
 from .channel import ClientChannel
-from .smtpd import serve_on
+from .qmail_queue import QueueDelivery
+from .smtpd import Server, serve_on
 from .wire import ConnectionLost, TimedOut, Wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from .effects import Delivery, Identity
     from .smtpd import Resources
 
 TIMES = 16
@@ -40,7 +42,6 @@ _ENVIRON = {
     b"TCPLOCALPORT": b"25",
     b"FORCETLS": b"0",
     b"SMTPD_GREETDELAY": b"0",
-    b"QMAILQUEUE": b"/nonexistent",
 }
 
 _HELLO = b"EHLO localhost\r\n"
@@ -74,7 +75,15 @@ def _hold_session(
     with server, client:
         client.setblocking(False)
         wire = _RehearsedWire(server.fileno(), _Client(client))
-        serve_on(wire, environ, arguments, resources)
+        serve_on(wire, environ, arguments, resources, kind=_Server)
+
+
+class _Server(Server):
+    """A server that starts no program."""
+
+    def open_delivery(self, identity: Identity) -> Delivery:
+        message, envelope = (os.open(os.devnull, os.O_WRONLY) for _ in range(2))
+        return QueueDelivery(0, message, envelope, OSError("a rehearsal"))
 
 
 class _RehearsedWire(Wire):

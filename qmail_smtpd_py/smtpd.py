@@ -268,12 +268,13 @@ def serve_on(
     arguments: Sequence[bytes],
     resources: Resources,
     may_begin: Callable[[], bool] | None = None,
+    kind: type[Server] = Server,
 ) -> int:
-    """The same, for a wire that is there."""
+    """The same, for a wire that is there, with another `kind` of Server if need be."""
     server = None
     try:
         resources.go_home(environ.get(b"QMAILHOME") or HOME)
-        server = Server(environ, arguments, resources)
+        server = kind(environ, arguments, resources)
         wire.limit(server.timeout, server.longest_session)
         return _converse(wire, server, may_begin)
     except HandedOver as handed_over:

@@ -82,7 +82,7 @@ class Worker:
     ) -> None:
         self._service = service
         self._listener = listener
-        self._family = listener.family
+        self._family = super(socket.socket, listener).family  # a number
         self._place = place
         self._most = most
         self._until = time.monotonic() + oldest
