@@ -76,6 +76,7 @@ class Encryption:
             if self._contexts:
                 self._context = self._contexts.get(self._policy())
             else:
+                bytes(_ROOM)  # or MemoryError, which is better told before all of it is loaded
                 certificates.check()
         except _NOT_LOADED as error:
             self._log("error", {"why": f"TLS not available: {_why_not_loaded(error)}"})
@@ -175,6 +176,11 @@ class Encryption:
             return None, b""
         return self.channel.certified_address([client.lower() for client in clients])
 
+
+_ROOM = 18 << 20
+"""Octets of address space without which TLS can not be loaded (it takes some 22 MiB): a library
+that runs out of memory half way may crash, and then nobody is told why.
+"""
 
 _NOT_LOADED = (ImportError, MemoryError, OSError, RuntimeError, SystemError)
 """What importing a library raises where it is not there, or memory runs out."""
