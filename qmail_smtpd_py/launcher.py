@@ -101,7 +101,7 @@ try:
     except OSError:
         image = b""
     if image.startswith(MAGIC_NUMBER):
-        for name, facts, code in loads(image[len(MAGIC_NUMBER) :]):
+        for name, facts, code in loads(memoryview(image)[len(MAGIC_NUMBER) :]):
             module = sys.modules[name] = type(sys)(name)
             module.__dict__.update(facts)
             exec(code, module.__dict__)
