@@ -31,6 +31,8 @@ help:
 	@echo 'make cert-req    make a key and a request for a certificate: HOST= KEY='
 	@echo 'make lint        run ruff and mypy'
 	@echo 'make bench       measure time and memory of sessions: PEER=path of another qmail-smtpd'
+	@echo 'make bench-servers'
+	@echo '                 the same of whole servers, with the programs in PREFIX'
 	@echo 'make clean       remove what the others left in this directory'
 
 python:
@@ -66,6 +68,9 @@ bench: .venv/run
 	.venv/bin/python bench/bench.py --program .venv/bin/qmail-smtpd $(if $(PEER),--peer $(PEER))
 	.venv/bin/python bench/memory_limit.py --program .venv/bin/qmail-smtpd
 
+bench-servers: .venv/run
+	.venv/bin/python bench/servers.py --bin $(PREFIX)/bin --peer $(PEER)
+
 install: venv-module
 	@DESTDIR='$(DESTDIR)' $(PYTHON) setup/install.py install '$(PREFIX)'
 
@@ -91,4 +96,4 @@ clean:
 	rm -rf .venv .run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench cert cert-req clean help install lint python run test uninstall venv-module
+.PHONY: bench bench-servers cert cert-req clean help install lint python run test uninstall venv-module
