@@ -256,6 +256,17 @@ def home_of(peer: str | None) -> Path | None:
     return home if home and (home / "control/me").exists() else None
 
 
+def set_up(stack: contextlib.ExitStack, peer: str | None) -> tuple[Path, str, Path]:
+    """A directory with helpers, how they were made, and a qmail home: the peer's, or a new one."""
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+    made = make_helpers(directory)
+    home = home_of(peer)
+    if home is None:
+        home = directory / "home"
+        make_home(home)
+    return directory, made, home
+
+
 def options() -> argparse.Namespace:
     """What was asked for on the command line and in the environment."""
     default = os.environ.get("PROGRAM") or str(HERE.parent / "bin/qmail-smtpd")
@@ -276,12 +287,7 @@ def main() -> None:
     if chosen.peer:
         programs["peer"] = os.path.abspath(chosen.peer)
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        made = make_helpers(directory)
-        home = home_of(chosen.peer)
-        if home is None:
-            home = directory / "home"
-            make_home(home)
+        directory, made, home = set_up(stack, chosen.peer)
         interpreter = interpreter_of(programs["program"])
         bench = Bench(programs, interpreter, str(home), directory)
         bench.verify()

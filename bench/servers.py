@@ -26,7 +26,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from typing import NamedTuple
 import dialogues
 from listening import processes_of_session
 
-from bench import home_of, make_helpers, make_home, spread
+from bench import set_up, spread
 
 LIMIT = 400
 """Connections at a time (-c)."""
@@ -226,12 +225,7 @@ def main() -> None:
     if not shutil.which("tcpserver"):
         sys.exit("there is no tcpserver")
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        made = make_helpers(directory)
-        home = home_of(chosen.peer)
-        if home is None:
-            home = directory / "home"
-            make_home(home)
+        directory, made, home = set_up(stack, chosen.peer)
         environ = {"PATH": os.environ["PATH"], "QMAILQUEUE": str(directory / "null-queue")}
         environ.update({"SMTPAUTH": "", "RELAYCLIENT": "", "DATABYTES": "0"})
         found = servers(chosen, directory, home, environ)
