@@ -8,6 +8,7 @@ workers share, fork.  Not an octet of a client's is read by a process that may d
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -119,6 +120,8 @@ class Listener:
         _preload(service)
         if is_new:
             _rehearse(service)
+            gc.unfreeze()  # what is of no use any more, circles among it, would be there for good
+            gc.collect()
 
     def _tell(self, line: str) -> None:
         """Log a line, unless -q says that nothing is to be told."""

@@ -171,6 +171,28 @@ def test_workers_are_replaced_each_after_its_session(mx: Stage) -> None:
         assert "warning" not in listener.log.text()
 
 
+def anonymous_memory(pid: int) -> int:
+    """Memory of a process that is no file's, in KiB."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in rollup.splitlines() if "Anonymous:" in line)
+
+
+@pytest.mark.tls
+def test_what_is_made_anew_does_not_stay_beside_what_was_there(mx: Stage) -> None:
+    """TLS contexts, and what was rehearsed with them: by HUP here, by age while it runs."""
+    mx.control({"servercert.pem": "@server-rsa.pem"})
+    with Listening(mx, "--idle=1") as listener:
+        sizes = []
+        for _ in range(10):
+            old = workers(listener)
+            listener.signal(signal.SIGHUP)
+            for pid in old:
+                wait_for_death(pid)
+            workers(listener)
+            sizes.append(anonymous_memory(listener.pid))
+    assert sizes[-1] - sizes[1] < 1024
+
+
 def test_workers_that_are_replaced_before_they_have_begun(mx: Stage) -> None:
     """Each HUP comes when those that it replaces have hardly been forked."""
     with Listening(mx) as listener:
