@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 
-from . import afterfork, background, log, sockets, tls
+from . import afterfork, background, holes, log, sockets, tls
 from .control import CachedControlFiles
 from .effects import ControlError
 from .options import NAME, USAGE, Options, StartError, UsageError
@@ -28,6 +28,8 @@ _SIGNALS = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
     signal.SIGUSR2, signal.SIGCHLD,
 )  # fmt: skip
+
+_LOOK_SECONDS = 1.0  # between two looks of the parent for what forks are to share
 
 
 class Listener:
@@ -42,7 +44,9 @@ class Listener:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, options.no_delay)
         self._socket.setblocking(False)
         self._stop_at: float | None = None
+        self._look_at = 0.0
         self._renew_at = 0.0
+        self._filler: list[object] = []
         self._signals: list[int] = []
 
     @property
@@ -111,17 +115,24 @@ class Listener:
     def _prepare(self, service: Service) -> None:
         """Have ready what the next fork is to share: files, and TLS contexts.
 
-        With the contexts go the keys of session tickets, which are not to be good for ever.
+        Not before each, where forks follow each other: what is looked at costs the parent copies of
+        pages.  With the contexts go the keys of session tickets, which are not to be good for ever.
         """
-        is_new = time.monotonic() > self._renew_at
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_SECONDS
+        is_new = now > self._renew_at
         if is_new:
-            self._renew_at = time.monotonic() + self._options.max_age
+            self._renew_at = now + self._options.max_age
             service.resources.contexts = tls.CachedContexts()
         _preload(service)
         if is_new:
             _rehearse(service)
             gc.unfreeze()  # what is of no use any more, circles among it, would be there for good
+            self._filler.clear()
             gc.collect()
+            self._filler = holes.fill()
 
     def _tell(self, line: str) -> None:
         """Log a line, unless -q says that nothing is to be told."""
@@ -156,7 +167,7 @@ class Listener:
             elif number == signal.SIGQUIT:
                 self._stop(pool, 0)
             elif number == signal.SIGHUP:
-                self._renew_at = 0.0
+                self._look_at = self._renew_at = 0.0
                 pool.replace_all()
             elif number == signal.SIGALRM:
                 _complain(f"status: {pool.board.busy}/{self._options.limit}")
@@ -234,7 +245,7 @@ def _preload(service: Service) -> None:
 def _rehearse(service: Service) -> None:
     """Have the first sessions behind us, for the next fork to share what they set up."""
     try:
-        rehearse(service.environ, service.arguments, service.resources)
+        rehearse(service)
     except Exception as error:  # as above
         service.complain(f"warning: cannot rehearse: {log.where(error)}")
 

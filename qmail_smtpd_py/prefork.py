@@ -19,25 +19,38 @@ A worker that crashes is replaced; where they crash as soon as they are there, l
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # signal without its enums
 import gc
 import mmap
 import os
 import select
-import signal
 import time
+from _signal import (  # type: ignore[import-not-found]  # signal, without its enums
+    SIG_DFL,
+    SIGALRM,
+    SIGCHLD,
+    SIGHUP,
+    SIGINT,
+    SIGQUIT,
+    SIGTERM,
+    SIGUSR2,
+    set_wakeup_fd,
+)
+from _signal import signal as set_handler
 
 from .log import where
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from typing import NoReturn
 
 _EMPTY, _IDLE, _BUSY, _LEAVING = b"\0", b"\1", b"\2", b"\3"
 
+_MEANT_FOR_WORKERS = (SIGTERM, SIGALRM, SIGCHLD, SIGUSR2)
+_MEANT_FOR_PARENT = (SIGINT, SIGQUIT, SIGHUP)
+
 _CRASH_DELAY, _LONGEST_CRASH_DELAY = 0.25, 30.0  # seconds; doubled with each crash in a row
 _MANY_CRASHES = 4  # in a row; as few may be chance
-_LOOK_SECONDS = 5.0  # between two looks of a worker for its parent
 _TICK = 0.05  # seconds; in which a worker that takes no new connection is held up by its client
 _YOUNG = 1.0  # seconds; who dies at that age, and not of a connection, can not work at all
 
@@ -164,7 +177,7 @@ class Place:
     def is_wanted(self) -> bool:
         """Whether the worker is to go on: nothing told it to end, and its parent lives."""
         board = self.board
-        return not board.stopping and board.epoch == self._epoch and not self._is_orphan()
+        return not board.stopping and board.epoch == self._epoch and not self.is_orphan
 
     def leave_if_spare(self) -> bool:
         """Whether more workers are idle than are of use; if so, this one counts no more."""
@@ -173,17 +186,9 @@ class Place:
         self.board.mark(self._number, _LEAVING)
         return True
 
-    def watch_parent(self, give_up: Callable[[], object]) -> None:
-        """Call `give_up` when the parent is gone, in the middle of a session as well."""
-
-        def look(number: int, frame: object) -> None:
-            if self._is_orphan():
-                give_up()
-
-        _signal.signal(signal.SIGALRM, look)
-        signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
-
-    def _is_orphan(self) -> bool:
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the parent is gone."""
         return os.getppid() != self._parent
 
 
@@ -380,16 +385,16 @@ class Pool:
         self._births[pid] = time.monotonic()
         return True
 
-    def _become_worker(self, place: Place) -> None:
+    def _become_worker(self, place: Place) -> NoReturn:
         """What the child does; it never comes back."""
         status = 1
         try:
-            for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGCHLD, signal.SIGUSR2):
-                _signal.signal(number, _signal.SIG_DFL)
-            for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+            for number in _MEANT_FOR_WORKERS:
+                set_handler(number, SIG_DFL)
+            for number in _MEANT_FOR_PARENT:
                 # A handler, as what is ignored would stay ignored in children.
-                _signal.signal(number, _leave_to_parent)
-            signal.set_wakeup_fd(-1)
+                set_handler(number, _leave_to_parent)
+            set_wakeup_fd(-1)
             os.close(self._hear)
             os.close(self._held)
             gc.disable()

@@ -1,147 +1,144 @@
 """A rehearsal: sessions with ourselves before workers are forked, so that they find all warm.
 
 What the first sessions of a process write to memory is there for good: code that the interpreter
-specialises (PEP 659), its caches of attributes, what OpenSSL sets up.  Written before the fork, it
-is shared by all workers; written after it, each worker has to copy the pages that it stands in.
+specialises (PEP 659), functions that the linker looks up, what OpenSSL sets up.  Written before the
+fork, it is shared by all workers; written after it, each worker has to copy the pages that it
+stands in.
 
-A rehearsal is a real session, by `serve`, over a pair of sockets, with a client that speaks
-whenever the server would wait for it.  It delivers nothing, asks no check program and logs nothing.
+So it is no use to rehearse with a stand-in: code is specialised for the types that it has met.  The
+process that is going to fork serves some real connections on a port of its own, as the Worker that
+its children will be.  Their client is a child too.  No message is delivered and nobody can
+authenticate, as queue and check program are none, and the log goes nowhere.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 
 from . import log
 from .certificates import TlsError
 from .channel import ClientChannel
-from .qmail_queue import QueueDelivery
-from .smtpd import Server, serve_on
-from .wire import ConnectionLost, TimedOut, Wire
+from .prefork import Board, Place
+from .tcpenviron import LookUps
+from .worker import Service, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from .effects import Delivery, Identity
-    from .smtpd import Resources
+    from collections.abc import Iterator
+    from typing import NoReturn
 
 TIMES = 16
 """The interpreter specialises code that has run some eight times."""
 
 _SECONDS = 10.0  # for a session that takes some milliseconds
 
-_KEPT = (b"QMAILHOME", b"SMTPAUTH", b"TLSCIPHERS")
+_KEPT = (b"QMAILHOME", b"SMTPAUTH", b"TLSCIPHERS", b"TLSTICKETS")
 
-_ENVIRON = {
-    b"TCPREMOTEIP": b"127.0.0.1",
-    b"TCPREMOTEHOST": b"localhost",
-    b"TCPLOCALIP": b"127.0.0.1",
-    b"TCPLOCALHOST": b"localhost",
-    b"TCPLOCALPORT": b"25",
-    b"FORCETLS": b"0",
-    b"SMTPD_GREETDELAY": b"0",
-}
+_NO_PROGRAM = os.fsencode(os.devnull)
+
+_ENVIRON = {b"FORCETLS": b"0", b"SMTPD_GREETDELAY": b"0", b"QMAILQUEUE": _NO_PROGRAM}
 
 _HELLO = b"EHLO localhost\r\n"
 _MESSAGE = b"Subject: a rehearsal\r\n\r\n..\r\n.\r\n"
 
 
-def rehearse(
-    environ: Mapping[bytes, bytes], arguments: Sequence[bytes], resources: Resources
-) -> None:
-    """Hold some sessions with ourselves, in a qmail home.  What goes wrong in one will do so with
-    real clients, and be told to them and the log: here it does not matter.
+def rehearse(service: Service) -> None:
+    """Hold some sessions with ourselves, in a qmail home; raises OSError where there is no loopback
+    interface.  What goes wrong in a session will do so with real clients, and be told to them and
+    the log: here it does not matter.
     """
-    kept = {name: environ[name] for name in _KEPT if name in environ}
-    ours, nowhere = os.dup(log.DESCRIPTOR), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, log.DESCRIPTOR)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        lifeline, held = os.pipe()
+        client = os.fork()
+        if not client:
+            _play_client(listener.getsockname())
+        os.close(held)  # so that the end of the client ends the rehearsal
+        ours, nowhere = os.dup(log.DESCRIPTOR), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, log.DESCRIPTOR)
+        try:
+            stage = _stage(service)
+            for _ in range(TIMES):
+                place = Place(Board(1), 0, os.getppid(), nowhere, lifeline, 0, 1)
+                Worker(stage, listener, place, 1, _SECONDS).run()
+        finally:
+            os.dup2(ours, log.DESCRIPTOR)
+            for descriptor in (ours, nowhere, lifeline):
+                os.close(descriptor)
+            os.kill(client, signal.SIGKILL)
+            os.waitpid(client, 0)
+
+
+def _stage(service: Service) -> Service:
+    """The service as it would be, but that nobody who found its port could get in or send mail."""
+    kept = {name: service.environ[name] for name in _KEPT if name in service.environ}
+    arguments = [_NO_PROGRAM] if service.arguments else []
+    look_ups = LookUps()
+    look_ups.host = look_ups.ident = False
+    look_ups.local_host = b"localhost"
+    stage = Service({**kept, **_ENVIRON}, arguments, service.resources, look_ups)
+    stage.is_verbose = service.is_verbose
+    stage.complain = service.complain
+    return stage
+
+
+def _play_client(address: tuple[str, int]) -> NoReturn:
+    """Be the client of so many sessions."""
     try:
+        signal.set_wakeup_fd(-1)  # the parent's
         for _ in range(TIMES):
-            _hold_session({**kept, **_ENVIRON}, arguments, resources)
-    except (ConnectionLost, TimedOut):
-        pass
+            with socket.create_connection(address, _SECONDS) as connection:
+                _Client(connection).converse()
     finally:
-        os.dup2(ours, log.DESCRIPTOR)
-        os.close(ours)
-        os.close(nowhere)
-
-
-def _hold_session(
-    environ: Mapping[bytes, bytes], arguments: Sequence[bytes], resources: Resources
-) -> None:
-    server, client = socket.socketpair()
-    with server, client:
-        client.setblocking(False)
-        wire = _RehearsedWire(server.fileno(), _Client(client))
-        serve_on(wire, environ, arguments, resources, kind=_Server)
-
-
-class _Server(Server):
-    """A server that starts no program."""
-
-    def open_delivery(self, identity: Identity) -> Delivery:
-        message, envelope = (os.open(os.devnull, os.O_WRONLY) for _ in range(2))
-        return QueueDelivery(0, message, envelope, OSError("a rehearsal"))
-
-
-class _RehearsedWire(Wire):
-    """A wire whose other end is there to answer: nobody ever waits."""
-
-    def __init__(self, descriptor: int, client: _Client) -> None:
-        super().__init__(descriptor, descriptor, _SECONDS)
-        self._client = client
-
-    def _receive(self, seconds: float) -> bytes:
-        self._client.speak()
-        return super()._receive(min(seconds, _SECONDS))
+        os._exit(0)
 
 
 class _Client:
-    """Our own client: it says a line each time it is asked to, in clear or through TLS."""
+    """Our own client: it says a line whenever it was told something, in clear or through TLS."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._tls: ClientChannel | None = None
-        self._is_up = False
         self._heard = b""
-        self._lines = self._dialogue()
 
-    def speak(self) -> None:
-        """Hear what was said, and answer; hang up where there is nothing more to say."""
+    def converse(self) -> None:
+        """Play the dialogue to its end, or until the other end hangs up."""
         try:
-            self._hear()
-            answer = self._go_on_with_handshake() if self._tls and not self._is_up else b""
-            if self._is_up or not answer:
-                line = next(self._lines)
-                answer += self._tls.write(line) if self._tls and self._is_up else line
-            self._connection.sendall(answer)
-        except (OSError, StopIteration, TlsError):
-            self._connection.close()
-
-    def _go_on_with_handshake(self) -> bytes:
-        assert self._tls
-        self._is_up = self._tls.handshake()
-        return self._tls.pending()
+            for line in self._dialogue():
+                self._connection.sendall(self._tls.write(line) if self._tls else line)
+                self._hear()
+        except (OSError, TlsError):
+            pass
 
     def _hear(self) -> None:
-        try:
-            self._heard = self._connection.recv(65536)
-        except BlockingIOError:
-            self._heard = b""
-        if self._tls:
-            self._tls.feed(self._heard)
-            if self._is_up:
-                self._heard = self._tls.read()
+        """Wait for a reply."""
+        self._heard = b""
+        while not self._heard.endswith(b"\n"):
+            octets = self._connection.recv(65536)
+            if not octets:
+                raise OSError
+            if self._tls:
+                self._tls.feed(octets)
+                octets = self._tls.read()
+            self._heard += octets
+
+    def _start_tls(self) -> None:
+        channel = ClientChannel()
+        while not channel.handshake():
+            self._connection.sendall(channel.pending())
+            channel.feed(self._connection.recv(65536))
+        self._connection.sendall(channel.pending())
+        self._tls = channel
 
     def _dialogue(self) -> Iterator[bytes]:
+        self._hear()
         yield _HELLO
         if b"STARTTLS" in self._heard:
             yield b"STARTTLS\r\n"
             if self._heard.startswith(b"220"):
-                self._tls = ClientChannel()
-                yield self._go_on_with_handshake()
+                self._start_tls()
                 yield _HELLO
         if b"PLAIN" in self._heard:
             yield b"AUTH PLAIN\r\n"

@@ -110,14 +110,22 @@ class Policy:
         self.least_rate = sources.number(b"MINRATE", "minrate", LEAST_RATE)
 
 
-def policy(
-    environ: Mapping[bytes, bytes], files: ControlFiles, can_authenticate: bool
-) -> Policy:
-    """The policy for connections with this environment; raises ControlError.
+_VARIABLES = (
+    b"BRTLIMIT", b"DATABYTES", b"DISABLETLS", b"FORCEAUTHMAILFROM", b"FORCETLS", b"HIDE_HOST",
+    b"MAXAUTHFAILURES", b"MAXBADCOMMANDS", b"MAXRCPT", b"MINRATE", b"REQUIRETLS", b"SMTPAUTH",
+    b"TIMEOUTSESSION",
+)  # fmt: skip
+"""All that a policy sees of the environment: it is the same for all clients that rules do not set
+apart in these, and may be kept where control files are.
+"""
 
-    It does not see TCPREMOTEIP and the like, so that it is the same for all clients that rules do
-    not set apart, and may be kept where control files are.
-    """
-    variables = {name: environ[name] for name in environ if not name.startswith(b"TCP")}
-    key = (frozenset(variables.items()), can_authenticate)
-    return files.derive(key, lambda: Policy(Sources(variables, files), can_authenticate))
+
+def policy(environ: Mapping[bytes, bytes], files: ControlFiles, can_authenticate: bool) -> Policy:
+    """The policy for connections with this environment; raises ControlError."""
+    values = tuple(map(environ.get, _VARIABLES))
+
+    def make() -> Policy:
+        variables = {name: value for name, value in zip(_VARIABLES, values) if value is not None}
+        return Policy(Sources(variables, files), can_authenticate)
+
+    return files.derive((values, can_authenticate), make)

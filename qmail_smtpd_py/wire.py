@@ -52,8 +52,6 @@ class Wire:
     def _use(self, read_fd: int, write_fd: int) -> None:
         self._read_fd = read_fd
         self._write_fd = write_fd
-        self._readable = select.poll()
-        self._readable.register(read_fd, select.POLLIN)
         # Or a write could wait for a client that reads nothing.
         self._was_blocking = os.get_blocking(write_fd)
         if self._was_blocking:
@@ -149,38 +147,48 @@ class Wire:
 
     def _receive(self, seconds: float) -> bytes:
         """What comes within so many seconds."""
-        while True:
-            if seconds < 0 or not self._readable.poll(seconds * 1000):
-                raise TimedOut
+        try:
+            data = self._read_piece(seconds)
+        except OSError as error:
+            raise ConnectionLost(error.strerror) from None
+        if not data:
+            raise ConnectionLost(HUNG_UP)
+        return data
+
+    def _read_piece(self, seconds: float) -> bytes:
+        """What comes within so many seconds, empty at the end; raises TimedOut or OSError."""
+        deadline = time.monotonic() + seconds
+        while self._waits(self._read_fd, select.POLLIN, seconds):
             try:
-                data = os.read(self._read_fd, PIECE)
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise ConnectionLost(error.strerror) from None
-            if not data:
-                raise ConnectionLost(HUNG_UP)
-            return data
+                return os.read(self._read_fd, PIECE)
+            except BlockingIOError:  # nothing was there after all
+                seconds = deadline - time.monotonic()
+        raise TimedOut
 
     def _send(self, data: bytes) -> None:
         """Write all of it; without a wait where the client reads what it is sent."""
         deadline = None
         while data:
             try:
-                data = data[os.write(self._write_fd, data) :]
+                data = data[self._write_piece(data) :]
             except BlockingIOError:
                 deadline = deadline or self._deadline()
-                self._wait_to_write(deadline - time.monotonic())
+                if not self._waits(self._write_fd, select.POLLOUT, deadline - time.monotonic()):
+                    raise TimedOut from None
             except BrokenPipeError:
                 raise ConnectionLost(HUNG_UP) from None
             except OSError as error:
                 raise ConnectionLost(error.strerror) from None
 
-    def _wait_to_write(self, seconds: float) -> None:
-        writable = select.poll()
-        writable.register(self._write_fd, select.POLLOUT)
-        if seconds < 0 or not writable.poll(seconds * 1000):
-            raise TimedOut
+    def _write_piece(self, data: bytes) -> int:
+        """Write what goes without a wait, and say how much that was; raises OSError."""
+        return os.write(self._write_fd, data)
+
+    def _waits(self, descriptor: int, event: int, seconds: float) -> bool:
+        """Wait for poll(2)'s event; whether it came within so many seconds."""
+        poll = select.poll()
+        poll.register(descriptor, event)
+        return seconds >= 0 and bool(poll.poll(seconds * 1000))
 
     def _no_delay(self) -> None:
         """Let TLS records leave at once; without it each exchange stalls for 40 ms (tcp(7))."""

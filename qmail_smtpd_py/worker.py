@@ -18,10 +18,12 @@ from _socket import socket as Socket  # what socket.socket is made of
 from . import handover
 from .handover import HandoverError
 from .proxyprotocol import Addresses, ProxyError, read_header
-from .smtpd import serve
+from .settings import TIMEOUT
+from .smtpd import serve_on
 from .tcpenviron import environment, plain_ip
 from .tcprules import RulesError
 from .wire import ConnectionLost, TimedOut
+from .workerwire import SocketWire, WatchfulWire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -91,7 +93,6 @@ class Worker:
     def run(self) -> None:
         """Serve connections until it is time to end."""
         served = 0
-        self._place.watch_parent(self._listener.close)  # whoever takes its place needs the port
         with select.epoll() as incoming:
             incoming.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
             incoming.register(self._place.lifeline, select.EPOLLHUP)
@@ -124,6 +125,11 @@ class Worker:
         descriptor, remote = self._listener._accept()  # type: ignore[attr-defined]
         return Socket(self._family, socket.SOCK_STREAM, 0, descriptor), remote
 
+    def _look(self) -> None:
+        """In the middle of a session: whoever takes a dead parent's place needs the port."""
+        if self._place.is_orphan:
+            self._listener.close()
+
     def _tell_status(self) -> None:
         self._service.complain(f"status: {self._place.board.busy}/{self._service.limit}")
 
@@ -131,7 +137,6 @@ class Worker:
         """Serve an accepted connection; the exit status that tcpserver's child would have."""
         service = self._service
         try:
-            connection.setblocking(False)
             try:
                 ends = self._ends(connection, remote)
                 if service.is_verbose:
@@ -148,9 +153,9 @@ class Worker:
     def _serve(self, connection: Socket, environ: Mapping[bytes, bytes]) -> int:
         service = self._service
         service.resources.files.refresh()
-        descriptor = connection.fileno()
+        wire = SocketWire(connection, TIMEOUT, self._look)
         try:
-            return serve(descriptor, descriptor, environ, service.arguments, service.resources)
+            return serve_on(wire, environ, service.arguments, service.resources)
         except (ConnectionLost, TimedOut):
             return 1
 
@@ -224,8 +229,9 @@ class Helper(Worker):
         os.dup2(log_fd, 2)
         try:
             resources = self._service.resources
+            wire = WatchfulWire(read_fd, write_fd, TIMEOUT, self._look)
             begin = functools.partial(handover.may_begin, connection)
-            return serve(read_fd, write_fd, environ, arguments, resources, begin)
+            return serve_on(wire, environ, arguments, resources, begin)
         except (ConnectionLost, TimedOut):
             return 1
         finally:

@@ -1,0 +1,70 @@
+"""The wires of a worker, which waits long, often, and for strangers.
+
+WatchfulWire   looks up from its wait for a client every few seconds, as the listener may be
+               gone in the middle of a session
+SocketWire     is that for a TCP connection, and needs no poll(2) before each read: the read
+               itself waits, no longer than the socket's SO_RCVTIMEO says (socket(7))
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+
+from .wire import PIECE, Wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket as Socket
+    from collections.abc import Callable
+
+LOOK_SECONDS = 5
+"""How long a wait lasts before the worker looks up."""
+
+_TIMEVAL = struct.pack("@ll", LOOK_SECONDS, 0)
+
+
+class WatchfulWire(Wire):
+    """A wire that calls `look` now and then while it waits."""
+
+    def __init__(
+        self, read_fd: int, write_fd: int, timeout: float, look: Callable[[], object]
+    ) -> None:
+        self._look = look
+        super().__init__(read_fd, write_fd, timeout)
+
+    def _waits(self, descriptor: int, event: int, seconds: float) -> bool:
+        while seconds > LOOK_SECONDS:
+            if super()._waits(descriptor, event, LOOK_SECONDS):
+                return True
+            seconds -= LOOK_SECONDS
+            self._look()
+        return super()._waits(descriptor, event, seconds)
+
+
+class SocketWire(WatchfulWire):
+    """The same, for a socket in blocking mode, which it stays in."""
+
+    def __init__(self, connection: Socket, timeout: float, look: Callable[[], object]) -> None:
+        self._connection = connection
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL)
+        super().__init__(connection.fileno(), connection.fileno(), timeout, look)
+
+    def _use(self, read_fd: int, write_fd: int) -> None:
+        self._read_fd, self._write_fd = read_fd, write_fd
+
+    def _restore(self) -> None:
+        """There is nothing to restore."""
+
+    def _read_piece(self, seconds: float) -> bytes:
+        while seconds > LOOK_SECONDS:
+            try:
+                return os.read(self._read_fd, PIECE)
+            except BlockingIOError:
+                seconds -= LOOK_SECONDS
+                self._look()
+        return super()._read_piece(seconds)
+
+    def _write_piece(self, data: bytes) -> int:
+        return self._connection.send(data, socket.MSG_DONTWAIT)
