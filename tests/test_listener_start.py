@@ -74,9 +74,9 @@ def listening_on(pid: int) -> set[str]:
 )
 def test_host(mx: Stage, host: str, local: str, remote: str) -> None:
     with Listening(mx, host=host) as listener:
-        assert listening_on(listener.pid) == {local}
         listener.address = remote
-        assert says_hello(listener)
+        assert says_hello(listener)  # it has rehearsed, on a port of its own
+        assert listening_on(listener.pid) == {local}
         listener.log.wait_for(rf": pid \d+ from {remote}$")
         client = listener.greeted()
         send_message(client)

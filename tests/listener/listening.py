@@ -121,7 +121,10 @@ class Listening:
 
     @property
     def workers(self) -> set[int]:
-        """Its workers, those that have ended and were not waited for among them."""
+        """Its workers, those that have ended and were not waited for among them.
+
+        Before it has any, it may have one child, the client that it rehearses with.
+        """
         return children(self.pid)
 
     def signal(self, number: int) -> None:
