@@ -123,7 +123,8 @@ class Listening:
     def workers(self) -> set[int]:
         """Its workers, those that have ended and were not waited for among them.
 
-        Before it has any, it may have one child, the client that it rehearses with.
+        Before it has any, it may have two children that are none: the client that it rehearses
+        with, and a program that it tries to start.
         """
         return children(self.pid)
 
