@@ -80,7 +80,7 @@ def _peek(connection: Socket, least: int, deadline: float) -> bytes:
         events = poll.poll(max(0, left) * 1000)
         if not events:
             raise ProxyError("no whole PROXY header in time")
-        data = connection.recv(4096, socket.MSG_PEEK)
+        data = connection.recv(4096, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         if len(data) >= least:
             return data
         if events[0][1] & select.POLLRDHUP:

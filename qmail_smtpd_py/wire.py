@@ -133,7 +133,7 @@ class Wire:
         """End TLS, if it is on, with a close_notify; leave the descriptors as they were."""
         if self._tls is not None:
             try:
-                os.write(self._write_fd, self._tls.close())
+                self._write_piece(self._tls.close())
             except OSError:
                 pass  # a client that is gone, or takes nothing, is not waited for
         self._restore()

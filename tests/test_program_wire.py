@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -11,20 +13,36 @@ from typing import Callable
 import pytest
 from conformance.transport import TRANSPORTS, Connection
 
+from qmail_smtpd_py import workerwire
 from qmail_smtpd_py.wire import PIECE, ConnectionLost, TimedOut, Wire
+from qmail_smtpd_py.workerwire import SocketWire
 
 LARGE = os.urandom(1 << 20) * 4
 SHORT = 0.2  # seconds
+LOOK = 0.05  # seconds, where a worker has some more
 
 
 class Line:
-    """A wire, and the client's end of it."""
+    """A wire, and the client's end of it; `worker` is TCP with the wire that a worker has."""
 
     def __init__(self, transport: str, timeout: float) -> None:
         self.client: Connection
-        self.client, self.read_fd, self.write_fd = TRANSPORTS[transport]()
-        self.wire = Wire(self.read_fd, self.write_fd, timeout)
+        self.looks = 0
+        self._socket: socket.socket | None = None
+        kind = "tcp" if transport == "worker" else transport
+        self.client, self.read_fd, self.write_fd = TRANSPORTS[kind]()
+        self.wire = self._wire(transport, timeout)
         self._is_open = True
+
+    def _wire(self, transport: str, timeout: float) -> Wire:
+        if transport != "worker":
+            return Wire(self.read_fd, self.write_fd, timeout)
+        self._socket = socket.socket(fileno=os.dup(self.read_fd))
+        self._socket.setblocking(True)
+        return SocketWire(self._socket, timeout, self._look)
+
+    def _look(self) -> None:
+        self.looks += 1
 
     def hang_up(self) -> None:
         self._is_open = False
@@ -33,6 +51,8 @@ class Line:
     def close(self) -> None:
         for descriptor in {self.read_fd, self.write_fd}:
             os.close(descriptor)
+        if self._socket:
+            self._socket.close()
         if self._is_open:
             self.hang_up()
 
@@ -45,9 +65,13 @@ class Line:
         return taken
 
 
-@pytest.fixture(params=["socketpair", "pipes", "tcp"])
-def line(request: pytest.FixtureRequest) -> Iterator[Callable[[float], Line]]:
+@pytest.fixture(params=["socketpair", "pipes", "tcp", "worker"])
+def line(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[float], Line]]:
     lines: list[Line] = []
+    monkeypatch.setattr(workerwire, "LOOK_SECONDS", LOOK)
+    monkeypatch.setattr(workerwire, "_TIMEVAL", struct.pack("@ll", 0, int(LOOK * 1e6)))
 
     def open_line(timeout: float = 10) -> Line:
         lines.append(Line(request.param, timeout))
@@ -94,6 +118,18 @@ def test_silence_times_out(line: Open) -> None:
     assert SHORT <= time.monotonic() - began < SHORT + 5
 
 
+@pytest.mark.parametrize("line", ["worker"], indirect=True)
+def test_a_worker_looks_up_while_it_waits(line: Open) -> None:
+    end = line(SHORT)
+    with pytest.raises(TimedOut):
+        end.wire.read()
+    assert end.looks >= 2
+    with pytest.raises(TimedOut):
+        for _ in range(64):
+            end.wire.write(LARGE)
+    assert end.looks >= 4
+
+
 def test_each_read_has_the_whole_time(line: Open) -> None:
     end = line(1.0)
 
@@ -113,6 +149,33 @@ def test_a_client_that_takes_nothing_times_out(line: Open) -> None:
     with pytest.raises(TimedOut):
         for _ in range(64):  # buffers of TCP grow, but not for ever
             end.wire.write(LARGE)
+
+
+class Farewell:
+    """A channel with much to say at the end."""
+
+    def handshake(self) -> bool:
+        return True
+
+    def pending(self) -> bytes:
+        return b""
+
+    def write(self, data: bytes) -> bytes:
+        return data
+
+    def close(self) -> bytes:
+        return LARGE
+
+
+def test_a_client_that_takes_nothing_is_not_waited_for_at_the_end(line: Open) -> None:
+    end = line(SHORT)
+    end.wire.start_tls(Farewell())
+    with pytest.raises(TimedOut):
+        for _ in range(64):
+            end.wire.write(LARGE)
+    began = time.monotonic()
+    end.wire.close()
+    assert time.monotonic() - began < SHORT
 
 
 def test_a_client_that_takes_slowly_gets_everything(line: Open) -> None:
