@@ -188,7 +188,7 @@ def test_what_is_made_anew_does_not_stay_beside_what_was_there(mx: Stage) -> Non
             listener.signal(signal.SIGHUP)
             for pid in old:
                 wait_for_death(pid)
-            quit_(listener.greeted())  # so it has rehearsed
+            workers(listener)
             sizes.append(anonymous_memory(listener.pid))
     assert sizes[-1] - sizes[1] < 1024
 

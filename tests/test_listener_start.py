@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ from listener.listening import (
     Listening,
     children,
     eventually,
+    listening_on,
     octet_environment,
     program,
     refusal,
@@ -44,23 +44,6 @@ def says_hello(listener: Listening) -> bool:
 # Where
 
 
-def listening_on(pid: int) -> set[str]:
-    """The local addresses, as /proc has them, of the sockets that a process listens on."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a file that it had open for a moment
-            target = os.readlink(entry)
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                found.add(fields[1].partition(":")[0])
-    return found
-
-
 @pytest.mark.parametrize(
     "host, local, remote",
     [
@@ -76,7 +59,7 @@ def test_host(mx: Stage, host: str, local: str, remote: str) -> None:
     with Listening(mx, host=host) as listener:
         listener.address = remote
         assert says_hello(listener)  # it has rehearsed, on a port of its own
-        assert listening_on(listener.pid) == {local}
+        assert {address for address, _ in listening_on(listener.pid)} == {local}
         listener.log.wait_for(rf": pid \d+ from {remote}$")
         client = listener.greeted()
         send_message(client)

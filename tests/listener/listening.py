@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shlex
@@ -76,6 +77,8 @@ class Listening:
     Popen's.
     """
 
+    port = 0
+
     def __init__(
         self,
         stage: Stage,
@@ -123,10 +126,19 @@ class Listening:
     def workers(self) -> set[int]:
         """Its workers, those that have ended and were not waited for among them.
 
-        Before it has any, it may have two children that are none: the client that it rehearses
-        with, and a program that it tries to start.
+        While it rehearses it has other children: that is waited for.
         """
-        return children(self.pid)
+        while True:
+            began = self._is_rehearsing
+            there = children(self.pid)
+            if not began and not self._is_rehearsing:
+                return there
+            time.sleep(0.005)
+
+    @property
+    def _is_rehearsing(self) -> bool:
+        """Whether it has a port beside its own."""
+        return bool({port for _, port in listening_on(self.pid)} - {self.port})
 
     def signal(self, number: int) -> None:
         """Send the parent a signal."""
@@ -214,6 +226,25 @@ def children(pid: int) -> set[int]:
         return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
     except FileNotFoundError:
         return set()
+
+
+def listening_on(pid: int) -> set[tuple[str, int]]:
+    """The local addresses, as /proc has them, and the ports that a process listens on."""
+    inodes = set()
+    with contextlib.suppress(FileNotFoundError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a file that it had open for a moment
+                target = os.readlink(entry)
+                if target.startswith("socket:["):
+                    inodes.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                found.add((address, int(port, 16)))
+    return found
 
 
 def refusal(stage: Stage, *words: str, **popen: object) -> tuple[int, str]:
