@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 _EMPTY, _IDLE, _BUSY, _LEAVING = b"\0", b"\1", b"\2", b"\3"
 
-_MEANT_FOR_WORKERS = (SIGTERM, SIGALRM, SIGCHLD, SIGUSR2)
-_MEANT_FOR_PARENT = (SIGINT, SIGQUIT, SIGHUP)
+_DEFAULT_IN_WORKERS = (SIGTERM, SIGALRM, SIGCHLD, SIGUSR2)
+_LEFT_TO_PARENT = (SIGINT, SIGQUIT, SIGHUP)
 
 _CRASH_DELAY, _LONGEST_CRASH_DELAY = 0.25, 30.0  # seconds; doubled with each crash in a row
 _MANY_CRASHES = 4  # in a row; as few may be chance
@@ -389,9 +389,9 @@ class Pool:
         """What the child does; it never comes back."""
         status = 1
         try:
-            for number in _MEANT_FOR_WORKERS:
+            for number in _DEFAULT_IN_WORKERS:
                 set_handler(number, SIG_DFL)
-            for number in _MEANT_FOR_PARENT:
+            for number in _LEFT_TO_PARENT:
                 # A handler, as what is ignored would stay ignored in children.
                 set_handler(number, _leave_to_parent)
             set_wakeup_fd(-1)

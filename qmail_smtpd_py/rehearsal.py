@@ -17,13 +17,12 @@ import os
 import signal
 import socket
 
-from . import log
 from .certificates import TlsError
 from .channel import ClientChannel
 from .prefork import Board, Place
 from .tcpenviron import LookUps
 from .tcprules import RulesError
-from .worker import Service, Worker
+from .worker import Service, Worker, logging_to
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,18 +58,17 @@ def rehearse(service: Service) -> None:
         if not client:
             _play_client(listener.getsockname())
         os.close(held)  # so that the end of the client ends the rehearsal
-        ours, nowhere = os.dup(log.DESCRIPTOR), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, log.DESCRIPTOR)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
-            stage = _stage(service)
-            for _ in range(TIMES):
-                _look_up(service.rules)
-                place = Place(Board(1), 0, os.getppid(), nowhere, lifeline, 0, 1)
-                Worker(stage, listener, place, 1, _SECONDS).run()
+            with logging_to(nowhere):
+                stage = _stage(service)
+                for _ in range(TIMES):
+                    _look_up(service.rules)
+                    place = Place(Board(1), 0, os.getppid(), nowhere, lifeline, 0, 1)
+                    Worker(stage, listener, place, 1, _SECONDS).run()
         finally:
-            os.dup2(ours, log.DESCRIPTOR)
-            for descriptor in (ours, nowhere, lifeline):
-                os.close(descriptor)
+            os.close(nowhere)
+            os.close(lifeline)
             os.kill(client, signal.SIGKILL)
             os.waitpid(client, 0)
 

@@ -246,8 +246,7 @@ class Server(Effects):
 
 
 def serve(
-    read_fd: int,
-    write_fd: int,
+    wire: Wire,
     environ: Mapping[bytes, bytes],
     arguments: Sequence[bytes],
     resources: Resources,
@@ -259,22 +258,10 @@ def serve(
     with the variables of qmail-smtpd(8).  A connection handed over for TLS has `may_begin`: it is
     called when the handshake could begin, and says whether it may.
     """
-    return serve_on(Wire(read_fd, write_fd, TIMEOUT), environ, arguments, resources, may_begin)
-
-
-def serve_on(
-    wire: Wire,
-    environ: Mapping[bytes, bytes],
-    arguments: Sequence[bytes],
-    resources: Resources,
-    may_begin: Callable[[], bool] | None = None,
-    kind: type[Server] = Server,
-) -> int:
-    """The same, for a wire that is there, with another `kind` of Server if need be."""
     server = None
     try:
         resources.go_home(environ.get(b"QMAILHOME") or HOME)
-        server = kind(environ, arguments, resources)
+        server = Server(environ, arguments, resources)
         wire.limit(server.timeout, server.longest_session)
         return _converse(wire, server, may_begin)
     except HandedOver as handed_over:
@@ -381,7 +368,7 @@ def main() -> int:
 
             environ = tcp_environ(environ, 0)
         give_no_tickets(environ)
-        return serve(0, 1, environ, arguments, Resources(ControlFiles()))
+        return serve(Wire(0, 1, TIMEOUT), environ, arguments, Resources(ControlFiles()))
     except (ConnectionLost, TimedOut, KeyboardInterrupt):
         return 1
     except MemoryError:

@@ -7,6 +7,7 @@ it, and what is kept (control files, TLS contexts, rules) comes from files that 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -15,11 +16,11 @@ import socket
 import time
 from _socket import socket as Socket  # what socket.socket is made of
 
-from . import handover
+from . import handover, log
 from .handover import HandoverError
 from .proxyprotocol import Addresses, ProxyError, read_header
 from .settings import TIMEOUT
-from .smtpd import serve_on
+from .smtpd import serve
 from .tcpenviron import environment, plain_ip
 from .tcprules import RulesError
 from .wire import ConnectionLost, TimedOut
@@ -27,7 +28,7 @@ from .workerwire import SocketWire, WatchfulWire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from .prefork import Place
     from .proxyprotocol import Peers
@@ -155,7 +156,7 @@ class Worker:
         service.resources.files.refresh()
         wire = SocketWire(connection, TIMEOUT, self._look)
         try:
-            return serve_on(wire, environ, service.arguments, service.resources)
+            return serve(wire, environ, service.arguments, service.resources)
         except (ConnectionLost, TimedOut):
             return 1
 
@@ -198,7 +199,6 @@ class Helper(Worker):
 
     def _take(self, connection: Socket, remote: tuple[str, int]) -> int:
         service = self._service
-        connection.setblocking(True)
         if service.is_verbose:
             self._tell_status()
         service.resources.files.refresh()
@@ -225,19 +225,28 @@ class Helper(Worker):
     ) -> int:
         """Serve the session; its log lines go where the program's go."""
         read_fd, write_fd, log_fd = descriptors
-        ours = os.dup(2)
-        os.dup2(log_fd, 2)
         try:
-            resources = self._service.resources
-            wire = WatchfulWire(read_fd, write_fd, TIMEOUT, self._look)
-            begin = functools.partial(handover.may_begin, connection)
-            return serve_on(wire, environ, arguments, resources, begin)
+            with logging_to(log_fd):
+                wire = WatchfulWire(read_fd, write_fd, TIMEOUT, self._look)
+                begin = functools.partial(handover.may_begin, connection)
+                return serve(wire, environ, arguments, self._service.resources, begin)
         except (ConnectionLost, TimedOut):
             return 1
         finally:
-            os.dup2(ours, 2)
-            for descriptor in (*descriptors, ours):
+            for descriptor in descriptors:
                 os.close(descriptor)
+
+
+@contextlib.contextmanager
+def logging_to(descriptor: int) -> Iterator[None]:
+    """Have the log go to another descriptor."""
+    ours = os.dup(log.DESCRIPTOR)
+    os.dup2(descriptor, log.DESCRIPTOR)
+    try:
+        yield
+    finally:
+        os.dup2(ours, log.DESCRIPTOR)
+        os.close(ours)
 
 
 def _drop_ip_options(connection: Socket) -> None:

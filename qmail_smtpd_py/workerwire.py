@@ -1,9 +1,9 @@
 """The wires of a worker, which waits long, often, and for strangers.
 
-WatchfulWire   looks up from its wait for a client every few seconds, as the listener may be
-               gone in the middle of a session
-SocketWire     is that for a TCP connection, and needs no poll(2) before each read: the read
-               itself waits, no longer than the socket's SO_RCVTIMEO says (socket(7))
+A `WatchfulWire` looks up from its wait for a client every few seconds, as the listener may be gone
+in the middle of a session.  A `SocketWire` is that for a TCP connection, and seldom needs a poll(2)
+before it reads: most clients answer soon, and so long the read itself waits, no longer than the
+socket's SO_RCVTIMEO says (socket(7)).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SocketWire(WatchfulWire):
         """There is nothing to restore."""
 
     def _read_piece(self, seconds: float) -> bytes:
-        while seconds > LOOK_SECONDS:
+        if seconds > LOOK_SECONDS:
             try:
                 return os.read(self._read_fd, PIECE)
             except BlockingIOError:

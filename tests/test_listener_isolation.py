@@ -174,7 +174,8 @@ gc.disable()  # as in a worker
 resources = smtpd.Resources(CachedControlFiles(), tls.CachedContexts())
 arguments = [os.fsencode(word) for word in sys.argv[3:]]
 number = int(sys.argv[2])
-smtpd.serve(number, number, smtpd.environment(), arguments, resources)
+wire = smtpd.Wire(number, number, smtpd.TIMEOUT)
+smtpd.serve(wire, smtpd.environment(), arguments, resources)
 os.close(number)
 secrets = sys.stdin.buffer.read().split()
 for holder in gc.get_objects():

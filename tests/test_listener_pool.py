@@ -110,8 +110,7 @@ def test_idle_workers_are_few_again_after_a_rush(mx: Stage) -> None:
 
 def test_an_idle_worker_is_killed(mx: Stage) -> None:
     with Listening(mx, "--idle=2") as listener:
-        served_by(listener)  # it has rehearsed, with a client that is no worker
-        eventually(lambda: len(listener.workers) >= 2, "there are workers")
+        eventually(lambda: len(listener.workers) == 2, "there are workers")
         for victim in listener.workers:
             os.kill(victim, signal.SIGKILL)
             listener.log.wait_for(rf"warning: worker {victim} was killed by signal 9$")
@@ -170,16 +169,16 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 from qmail_smtpd_py import listener, worker
 
-sound = worker.serve_on
+sound = worker.serve
 
 
-def serve_on(wire, environ, *others):
+def serve(wire, environ, *others):
     if b"DEFECT" in environ:
         raise ZeroDivisionError("what nobody may see")
     return sound(wire, environ, *others)
 
 
-worker.serve_on = serve_on
+worker.serve = serve
 sys.exit(listener.main())
 """
 
@@ -207,7 +206,6 @@ def test_a_defect_ends_a_worker_and_nothing_else(mx: Stage, tmp_path: Path) -> N
 
 def test_workers_that_die_at_birth_are_replaced_later_and_later(mx: Stage) -> None:
     with Listening(mx, "--idle=1", "-c", "3") as listener:
-        served_by(listener)  # as above
         deaths = 0
         while " no new ones for 0.5 s" not in listener.log.text():
             eventually(lambda: listener.workers, "there is a worker")
