@@ -14,11 +14,17 @@ _EMPTY = 33  # octets of bytes(0)
 
 
 def fill() -> list[object]:
-    """Objects of each size; while they are kept, the holes are filled."""
+    """Objects of each size; while they are kept, the holes are filled.
+
+    Where there is no memory for all of them, there are none: that is a matter of speed alone.
+    """
     kept: list[object] = []
-    for size in range(_STEP, _LARGEST + 1, _STEP):
-        for number in range(_ROOM // size):
-            kept.append(_object(size, number))
+    try:
+        for size in range(_STEP, _LARGEST + 1, _STEP):
+            for number in range(_ROOM // size):
+                kept.append(_object(size, number))
+    except MemoryError:
+        kept.clear()
     return kept
 
 

@@ -121,9 +121,13 @@ _TOOL = """\
 import sys
 
 sys.path += {path!r}
-from {package}.{main} import main
-
-sys.exit(main())
+try:
+    from {package}.{main} import main
+    status = main()
+except (ImportError, MemoryError, OSError, SystemError) as error:
+    print("{name}: fatal: %r; is the memory limit too low?" % error, file=sys.stderr)
+    status = 111
+sys.exit(status)
 """
 
 
@@ -183,7 +187,7 @@ def launcher(name: str, image_path: Path) -> bytes:
 
 def tool(name: str) -> bytes:
     """The launcher of a tool; raises ValueError where no script can name the interpreter."""
-    return os.fsencode(_TOOL.format(main=TOOLS[name], **_surroundings()))
+    return os.fsencode(_TOOL.format(name=name, main=TOOLS[name], **_surroundings()))
 
 
 def _surroundings() -> dict[str, object]:

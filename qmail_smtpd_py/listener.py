@@ -78,6 +78,7 @@ class Listener:
             lambda place: self._work(service, place),
             lambda: self._prepare(service),
             self._tell,
+            self._tell_end,
         )
         pool.adopt(self._heritage.workers)
         wake = self._catch_signals()
@@ -139,6 +140,11 @@ class Listener:
         if self._options.verbosity:
             _complain(line)
 
+    def _tell_end(self, pid: int, status: int) -> None:
+        """Log the end of a connection as its worker would have, with -v."""
+        if self._options.verbosity > 1:
+            _complain(f"end {pid} status {status}")
+
     def _work(self, service: Service, place: Place) -> None:
         """What a worker does."""
         options = self._options
@@ -184,7 +190,8 @@ class Listener:
         pool.stop()
         if self._heritage.owns_socket:
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._tell(f"stopping: {pool.board.busy} connections left")
+        left = pool.board.busy
+        self._tell(f"stopping: {left} connection{'' if left == 1 else 's'} left")
 
     def _time_left(self, pool: Pool) -> float | None:
         """Seconds until sessions are cut; None where none are to be."""
@@ -238,8 +245,8 @@ def _preload(service: Service) -> None:
             server.close()
     except ControlError as error:
         service.complain(f"warning: {error}")
-    except Exception as error:  # a defect: each connection may have it, the parent must not
-        service.complain(f"warning: cannot load ahead: {log.where(error)}")
+    except Exception as error:  # each connection may have it, the parent must not
+        service.complain(f"warning: cannot load ahead: {_cause(error)}")
 
 
 def _rehearse(service: Service) -> None:
@@ -247,7 +254,14 @@ def _rehearse(service: Service) -> None:
     try:
         rehearse(service)
     except Exception as error:  # as above
-        service.complain(f"warning: cannot rehearse: {log.where(error)}")
+        service.complain(f"warning: cannot rehearse: {_cause(error)}")
+
+
+def _cause(error: Exception) -> str:
+    """What may be told of an exception: what it is a sign of, or else where the defect is."""
+    if isinstance(error, (ImportError, MemoryError, SystemError)):
+        return log.OUT_OF_MEMORY
+    return log.where(error)
 
 
 def _drop_privileges(options: Options) -> None:
@@ -275,6 +289,9 @@ def main() -> int:
     _fill_descriptors()
     try:
         options = Options(sys.argv[1:])
+        if options.wants_help:
+            sys.stdout.write(USAGE)
+            return 0
         listener = Listener(options)
         if not listener.is_successor:  # of one that has done all this
             if options.print_port:

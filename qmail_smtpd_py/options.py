@@ -20,13 +20,13 @@ usage: {NAME} [tcpserver's options] [our options] host port [checkprogram subpro
        {NAME} [-v] [-c n] [-g gid] [-u uid] [our options] --helper=SOCKET
 tcpserver's options: -1dDhHoOpPqQrRUvX -b n -B banner -c n -g gid -l localname -t n -u uid -x cdb
 our options: --daemon --pid-file=FILE --log-file=FILE --max-use=N --max-age=SECONDS
-             --idle=N --drain=SECONDS --proxy-from=ADDRESSES
+             --idle=N --drain=SECONDS --proxy-from=ADDRESSES --help
 """
 
 SHORT = "1b:B:c:dDg:hHl:oOpPqQrRt:u:UvVx:X"
 LONG = (
     "helper=", "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=",
-    "proxy-from=",
+    "proxy-from=", "help",
 )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ class Options:
         self.idle = 2 * (os.cpu_count() or 1)
         self.drain = 60.0
         self.proxies: Peers | None = None
+        self.wants_help = False
         try:
             flags, rest = getopt.getopt(words, SHORT, list(LONG))
             rules, optional = None, False
@@ -81,13 +82,17 @@ class Options:
         except getopt.GetoptError as error:
             raise UsageError(str(error)) from None
         except ValueError as error:
-            raise UsageError(f"{flag} {value}: {error}") from None
+            raise UsageError(f"{flag} {value}: {error}" if value else f"{flag}: {error}") from None
         self.rules = Rules(os.path.abspath(rules), optional) if rules is not None else None
-        if self.helper:
-            self.arguments = rest
-        elif len(rest) < 2:
-            raise UsageError("host and port are missing")
-        else:
+        if self.wants_help:
+            return
+        if self.helper and (rest or self.rules or self.proxies):
+            raise UsageError("--helper takes no host, port or program, no -x and no --proxy-from")
+        if not self.daemon and (self.pid_file or self.log_file):
+            raise UsageError("--pid-file and --log-file need --daemon")
+        if not self.helper:
+            if len(rest) < 2:
+                raise UsageError("host and port are missing")
             self.host, self.port, *self.arguments = rest
 
     def _take(self, flag: str, value: str) -> None:
@@ -108,6 +113,7 @@ class Options:
             "-v": (self, "verbosity", 2),
             "-1": (self, "print_port", True),
             "--daemon": (self, "daemon", True),
+            "--help": (self, "wants_help", True),
         }
         values: dict[str, tuple[str, Callable[[str], object]]] = {
             "-b": ("backlog", _number),
@@ -115,9 +121,9 @@ class Options:
             "-c": ("limit", _positive),
             "-g": ("gid", _id),
             "-u": ("uid", _id),
-            "--helper": ("helper", str),
-            "--pid-file": ("pid_file", os.path.abspath),
-            "--log-file": ("log_file", os.path.abspath),
+            "--helper": ("helper", _path),
+            "--pid-file": ("pid_file", _path),
+            "--log-file": ("log_file", _path),
             "--max-use": ("max_use", _positive),
             "--max-age": ("max_age", _seconds),
             "--idle": ("idle", _positive),
@@ -135,11 +141,18 @@ class Options:
         elif flag == "-l":
             self.look_ups.local_host = os.fsencode(value)
         elif flag == "-U":
-            self.uid = _id(os.environ.get("UID", ""))
-            self.gid = _id(os.environ.get("GID", ""))
+            self.uid, self.gid = _id_in("UID"), _id_in("GID")
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise ValueError("the name of a file is missing")
+    return os.path.abspath(text)
 
 
 def _number(text: str) -> int:
+    if not text:
+        raise ValueError("empty, not a number")
     if not (text.isascii() and text.isdigit()):
         raise ValueError("not a number")
     return int(text)
@@ -160,8 +173,21 @@ def _id(text: str) -> int:
     return number
 
 
+def _id_in(variable: str) -> int:
+    """The id in a variable, as envuidgid sets it."""
+    try:
+        return _id(os.environ[variable])
+    except KeyError:
+        raise ValueError(f"{variable} is not set") from None
+    except ValueError as error:
+        raise ValueError(f"{variable} is {error}") from None
+
+
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
     if not 0 <= seconds < 1e9:
         raise ValueError("not a number of seconds")
     return seconds

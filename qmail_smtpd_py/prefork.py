@@ -197,7 +197,8 @@ class Pool:
 
     `limit` is the number of connections served at a time, `least_idle` and `most_idle` how many
     workers wait for the next; `work` is what a worker does, with its Place, until its end;
-    `prepare` runs in the parent before it forks.
+    `prepare` runs in the parent before it forks.  `tell` takes words for the log, `tell_end` the
+    process id and wait status of a worker that did not live to the end of its connection.
     """
 
     def __init__(
@@ -208,6 +209,7 @@ class Pool:
         work: Callable[[Place], None],
         prepare: Callable[[], None],
         tell: Callable[[str], None],
+        tell_end: Callable[[int, int], None],
     ) -> None:
         self.board = Board(limit)
         self._least_idle = min(least_idle, limit)
@@ -215,6 +217,7 @@ class Pool:
         self._work = work
         self._prepare = prepare
         self._tell = tell
+        self._tell_end = tell_end
         self._places: dict[int, int] = {}  # by process id
         self._turns = b""  # as they were when we looked
         self._looked_at = 0.0
@@ -344,9 +347,12 @@ class Pool:
             if place is None:
                 continue
             age = time.monotonic() - self._births.pop(pid)
-            has_worked = not status or age > _YOUNG or self.board.is_busy(place)
+            was_busy = self.board.is_busy(place)
+            has_worked = not status or age > _YOUNG or was_busy
             self._crashes = 0 if has_worked else self._crashes + 1
             self.board.mark(place, _EMPTY)
+            if status and was_busy:
+                self._tell_end(pid, status)
             if status and not self.board.stopping:
                 self._note_crash(pid, status)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _FDS_START = 3  # sd_listen_fds(3)
 _MOST_DESCRIPTORS = 1024  # that we may inherit
+_NO_PORT = "there is no such port"
 _VARIABLE = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor, 1 if it is ours, workers
 
 
@@ -77,7 +78,7 @@ def _bind_port(options: Options) -> socket.socket:
     host = "0.0.0.0" if options.host == "0" else options.host
     try:
         if options.port.isdigit() and int(options.port) > 65535:
-            raise OSError(0, "there is no such port")  # of which the library would make another
+            raise OSError(0, _NO_PORT)  # of which the library would make another
         found = socket.getaddrinfo(
             host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
@@ -92,6 +93,8 @@ def _bind_port(options: Options) -> socket.socket:
     except (OSError, UnicodeError) as error:
         where = f"{options.host} port {options.port}"
         why = error.strerror if isinstance(error, OSError) else "this is no name"
+        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_SERVICE:
+            why = _NO_PORT
         raise StartError(f"cannot listen on {where}: {why}") from None
     return listener
 
@@ -115,5 +118,5 @@ def _bind_helper(path: str, options: Options) -> socket.socket:
                 keep if options.gid is None else options.gid,
             )
     except OSError as error:
-        raise StartError(f"cannot listen on {path}: {error.strerror}") from None
+        raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
     return helper

@@ -142,7 +142,8 @@ class Context:
         from OpenSSL import SSL
 
         older, newer, unknown = sort_ciphers(ciphers)
-        self.warnings += [f"no such cipher: {_text(name)}; left out" for name in unknown]
+        source = "tlsserverciphers"
+        self.warnings += [f"{source}: no such cipher: {_text(name)}; left out" for name in unknown]
         if newer:
             self.ssl.set_tls13_ciphersuites(b":".join(newer))
         try:
@@ -150,8 +151,8 @@ class Context:
                 self.ssl.set_cipher_list(b":".join(older))
         except SSL.Error:
             self.ssl.set_cipher_list(CIPHERS)
-            text = _text(b":".join(ciphers))
-            self.warnings.append(f"no ciphers of TLS 1.2 in {text}; the default is in force")
+            text = f"no ciphers of TLS 1.2 in {_text(b':'.join(ciphers))}"
+            self.warnings.append(f"{source}: {text}; the default is in force")
 
     def _load_dh_parameters(self) -> None:
         from OpenSSL import SSL
@@ -160,7 +161,7 @@ class Context:
             try:
                 self.ssl.load_tmp_dh(DH_PARAMETERS)
             except SSL.Error as error:
-                self.warnings.append(f"{DH_PARAMETERS}: {reason(error)}")
+                self.warnings.append(_trouble(DH_PARAMETERS, reason(error)))
 
     def _ask_for_certificate(self) -> None:
         """Ask clients for a certificate of one of our authorities."""
@@ -170,14 +171,15 @@ class Context:
             self.ssl.load_verify_locations(CLIENT_AUTHORITIES)
             self.ssl.load_client_ca(CLIENT_AUTHORITIES.encode())
         except SSL.Error as error:
-            self.warnings.append(f"{CLIENT_AUTHORITIES}: {reason(error)}")
+            self.warnings.append(_trouble(CLIENT_AUTHORITIES, reason(error)))
             return
         if os.path.exists(REVOCATIONS):
             try:
                 self._load_revocations()
             except (OSError, ValueError, SSL.Error) as error:
                 # Who was revoked is not known: nobody's certificate can count.
-                self.warnings.append(f"{REVOCATIONS}: {error}; no client certificate counts")
+                trouble = _trouble(REVOCATIONS, str(error))
+                self.warnings.append(f"{trouble}; no client certificate counts")
                 return
         self.ssl.set_verify(SSL.VERIFY_PEER, note_problem)
 
@@ -197,6 +199,17 @@ class Context:
 
 
 _END_OF_LIST = b"-----END X509 CRL-----"
+
+
+def _trouble(path: str, words: str) -> str:
+    """What is wrong with a file: the words of whoever tried to use it, unless it can not be read,
+    which OpenSSL does not tell.
+    """
+    try:
+        with open(path, "rb"):
+            return f"{path}: {words}"
+    except OSError as error:
+        return f"{path}: {error.strerror} (uid {os.geteuid()})"
 
 
 def sort_ciphers(ciphers: Sequence[bytes]) -> tuple[list[bytes], list[bytes], list[bytes]]:

@@ -327,6 +327,11 @@ def main() -> int:
     try:
         command: Callable[[argparse.Namespace], None] = arguments.command
         command(arguments)
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"qmail-smtpd-users: cannot write: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in the buffer
+        return TROUBLE
     except Trouble as trouble:
         print(f"qmail-smtpd-users: {trouble}", file=sys.stderr)
         return TROUBLE

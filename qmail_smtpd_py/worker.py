@@ -145,7 +145,7 @@ class Worker:
                     service.complain(f"pid {self._pid} from {ends.remote_ip}")
                 environ = self._admit(connection, ends)
             except (OSError, ProxyError, RulesError) as error:
-                service.complain(f"drop {self._pid}: {error}")
+                service.complain(f"drop {self._pid} from {plain_ip(remote[0])}: {error}")
                 return _DROPPED
             return _DENIED if environ is None else self._serve(connection, environ)
         finally:

@@ -62,7 +62,7 @@ def plain(log: Log, number: int, ports: tuple[int, int]) -> list[str]:
         if name not in ("tcpserver", "qmail-smtpd-listen"):
             continue
         text = re.sub(r"^(pid|ok|deny|end) \d+", r"\1 PID", text)
-        text = re.sub(r"^(warning: dropping connection, |drop \d+: ).*", "drop", text)
+        text = re.sub(r"^(warning: dropping connection, |drop \d+ from [0-9.]+: ).*", "drop", text)
         text = text.replace(f":{ports[0]}", ":THEIRS").replace(f":{ports[1]}", ":OURS")
         connections[-1].append(text)
         if text.startswith("status: 0/"):

@@ -318,7 +318,7 @@ def test_a_listed_peer_without_a_header_is_hung_up_on(mx: Stage) -> None:
         for octets in (b"EHLO x\r\nMAIL FROM:<a@example.com>\r\n", b"\x16\x03\x01" + bytes(50)):
             client = through(listener, octets, peer)
             assert client.read_to_end() == b""
-        listener.log.wait_for(r": drop \d+: no PROXY header$", 2)
+        listener.log.wait_for(rf": drop \d+ from {peer}: no PROXY header$", 2)
 
 
 # haproxy

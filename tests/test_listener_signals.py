@@ -98,8 +98,11 @@ def test_sessions_are_cut_when_they_take_too_long(mx: Stage) -> None:
         client = in_message(listener)
         began = time.monotonic()
         listener.signal(signal.SIGTERM)
+        listener.log.wait_for(r": stopping: 1 connection left$")
         cut(listener, mx, client)
         assert 1.4 < time.monotonic() - began < 5
+        [begin] = listener.log.wait_for(r": pid (\d+) from ")
+        listener.log.wait_for(rf": end {begin[1]} status {int(signal.SIGTERM)}$")
 
 
 @pytest.mark.parametrize(

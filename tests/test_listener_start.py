@@ -101,6 +101,12 @@ def test_port_by_name(mx: Stage) -> None:
         ["--proxy-from=", "127.0.0.1", "0"],
         ["--no-such-option", "127.0.0.1", "0"],
         ["--daemon=yes", "127.0.0.1", "0"],
+        ["--helper=", "127.0.0.1", "0"],
+        ["--helper=socket", "127.0.0.1", "0"],
+        ["--helper=socket", "-x", "rules.cdb"],
+        ["--helper=socket", "--proxy-from=10.0.0.0/8"],
+        ["--pid-file=pid", "127.0.0.1", "0"],
+        ["--log-file=log", "127.0.0.1", "0"],
     ],
     ids=" ".join,
 )
@@ -113,9 +119,48 @@ def test_a_command_line_that_is_wrong(mx: Stage, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    "words, why",
+    [
+        (["-U"], "-U: UID is not set"),
+        (["-u", ""], "-u: empty, not a number"),
+        (["-t", "soon"], "-t soon: not a number of seconds"),
+        (["--helper="], "--helper: the name of a file is missing"),
+        (["--log-file=log"], "--pid-file and --log-file need --daemon"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line(mx: Stage, words: list[str], why: str) -> None:
+    _, text = refusal(mx, *words, "127.0.0.1", "0")
+    assert text.splitlines()[0] == f"qmail-smtpd-listen: fatal: {why}"
+
+
+def test_help() -> None:
+    done = subprocess.run([*program(), "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: qmail-smtpd-listen [tcpserver's options]")
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("megabytes", [14, 18, 25, *range(29, 39)])
+def test_too_little_memory(mx: Stage, megabytes: int) -> None:
+    """Whatever it is not enough for: there are words for it, and not a traceback."""
+    mx.control({"servercert.pem": "@server-rsa.pem"})
+    limit = f"ulimit -v {megabytes * 1000}; exec timeout 1.5 \"$@\""
+    command = [*program(), "-R", "-H", "127.0.0.1", "0"]
+    done = subprocess.run(
+        ["sh", "-c", limit, "sh", *command],
+        env=octet_environment(mx),
+        capture_output=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert b"Traceback" not in done.stderr
+    if done.returncode == 111:
+        assert b"is the memory limit too low?" in done.stderr
+
+
+@pytest.mark.parametrize(
     "host, port, why",
     [
-        ("127.0.0.1", "no-such-service", "Servname not supported"),
+        ("127.0.0.1", "no-such-service", "there is no such port"),
         ("127.0.0.1", "70000", "there is no such port"),
         ("127.0.0.1", "-1", ""),
         ("no.such.host.invalid", "0", ""),
