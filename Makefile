@@ -32,7 +32,7 @@ help:
 	@echo 'make lint        run ruff and mypy'
 	@echo 'make bench       measure time and memory of sessions: PEER=path of another qmail-smtpd'
 	@echo 'make bench-servers'
-	@echo '                 the same of whole servers, with the programs in PREFIX'
+	@echo '                 the same of whole servers, with the programs in PREFIX: PEER= is needed'
 	@echo 'make clean       remove what the others left in this directory'
 
 python:
@@ -69,6 +69,7 @@ bench: .venv/run
 	.venv/bin/python bench/memory_limit.py --program .venv/bin/qmail-smtpd
 
 bench-servers: .venv/run
+	@test -n '$(PEER)' || { echo 'PEER= is the path of the qmail-smtpd to compare with' >&2; exit 1; }
 	.venv/bin/python bench/servers.py --bin $(PREFIX)/bin --peer $(PEER)
 
 install: venv-module

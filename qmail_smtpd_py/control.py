@@ -35,11 +35,15 @@ def first_line(text: bytes | None) -> bytes | None:
 
 
 def entries(text: bytes | None) -> list[bytes] | None:
-    """The lines that are neither empty nor comments; None for a file that is not."""
+    """The lines that are neither empty nor comments; None for a file that is not.
+
+    qmail: a NUL parts entries, and a line that begins with one is empty.
+    """
     if text is None:
         return None
     lines = (line.rstrip(b" \t") for line in text.split(b"\n"))
-    return [line for line in lines if line and not line.startswith(b"#")]
+    kept = [line for line in lines if line and line[0] not in b"\0#"]
+    return [entry for entry in b"\0".join(kept).split(b"\0") if entry]
 
 
 class ControlFiles:

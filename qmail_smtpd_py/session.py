@@ -423,7 +423,8 @@ class Session:
         if line is None:
             return False
         self.state = COMMAND
-        self._reply(reply.AUTH_CANCELED if line == b"*" else self._continue(line))
+        canceled = line.partition(b"\0")[0] == b"*"
+        self._reply(reply.AUTH_CANCELED if canceled else self._continue(line))
         return True
 
     def _continue(self, response: bytes | None) -> Reply:

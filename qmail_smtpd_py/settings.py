@@ -104,7 +104,9 @@ class Policy:
         me = files.line("me")
         self.settings = settings(sources, me, can_authenticate)
         ip_host = files.line("localiphost")
-        self.ip_host = me if ip_host is None else ip_host
+        ip_host = me if ip_host is None else ip_host
+        # In an envelope a NUL would end the address.
+        self.ip_host = None if ip_host is None else ip_host.partition(b"\0")[0]
         self.timeout = min(max(1, files.number("timeoutsmtpd", TIMEOUT)), _LONGEST_TIMEOUT)
         self.longest_session = sources.number(b"TIMEOUTSESSION", "timeoutsession", LONGEST_SESSION)
         self.least_rate = sources.number(b"MINRATE", "minrate", LEAST_RATE)

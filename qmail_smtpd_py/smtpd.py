@@ -286,8 +286,10 @@ def _converse(wire: Wire, server: Server, may_begin: Callable[[], bool] | None) 
         if connection.cipher is not None:
             server.log("tls", {"result": "ok", "cipher": connection.cipher})
     session = server.open_session()
+    exit_status = 1
     try:
         why = _dialogue(wire, server, session, may_begin)
+        exit_status = session.exit_status
     except TimedOut:
         why = "timeout"
     except ConnectionLost as error:
@@ -295,7 +297,7 @@ def _converse(wire: Wire, server: Server, may_begin: Callable[[], bool] | None) 
     finally:
         session.connection_lost()
     server.log("disconnect", {"why": why})
-    return session.exit_status
+    return exit_status
 
 
 def _dialogue(

@@ -78,9 +78,8 @@ class Context:
 
         self.warnings: list[str] = []
         context = self.ssl = SSL.Context(SSL.TLS_SERVER_METHOD)
-        context.set_options(
-            SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE
-        )
+        # No order of ours: all ciphers are good, and the client knows which it has hardware for.
+        context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
         if policy.ask_client or not policy.resumable:
             # A resumed session does not have its certificate looked at again.
             context.set_options(SSL.OP_NO_TICKET)

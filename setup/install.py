@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,8 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_PREFIX = "/usr/local/qmail-smtpd-py"
 """What the files that are to be copied have for PREFIX."""
+
+_PLAIN = re.compile(r"[\w./+,:@=-]+")
 
 SERVICES = ("run/", "systemd/", "fail2ban/", "hooks/")
 """Where the files are that administrators copy and change."""
@@ -117,6 +120,8 @@ def _remove_if_empty(directory: Path) -> None:
 def install(prefix: Path, destdir: str) -> None:
     """Install below the prefix; raises Failure."""
     os.umask(0o022)
+    if not _PLAIN.fullmatch(str(prefix)):
+        raise Failure(f"{prefix}: run files, units and hooks could not name it: use plain characters")
     target = Path(f"{destdir}{prefix}")
     installed = Installed(target)
     before = set(installed.digests)

@@ -64,6 +64,7 @@ def test_line(control: Path, files: ControlFiles, text: bytes, line: bytes) -> N
         (b"a\nb\n", [b"a", b"b"]),
         (b"a \t\n\n \n#c\nb", [b"a", b"b"]),
         (b" #no comment\n", [b" #no comment"]),
+        (b"a\0b\n\0c\nd\0\n", [b"a", b"b", b"d"]),
     ],
 )
 def test_list(control: Path, files: ControlFiles, text: bytes, entries: list[bytes]) -> None:

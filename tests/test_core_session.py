@@ -171,6 +171,15 @@ def test_no_secret_is_ever_said_or_logged(start: bytes, then: bytes) -> None:
         assert not any(secret in text for secret in secrets)
 
 
+@pytest.mark.parametrize("cancel", [b"*", b"*\0", b"*\0=="])
+def test_an_exchange_that_is_canceled(cancel: bytes) -> None:
+    """qmail: a line ends at a NUL."""
+    session, _ = open_session()
+    assert session.receive(b"AUTH LOGIN\r\n").startswith(b"334 ")
+    canceled = b"501 auth exchange canceled (#5.0.0)\r\n"
+    assert session.receive(cancel + b"\r\n") == canceled
+
+
 @pytest.mark.parametrize(
     "before", [b"", b"HELO x", b"RSET", b"AUTH PLAIN =", b"AUTH PLAIN " + base64(b"\0eve\0x")]
 )

@@ -181,7 +181,7 @@ def test_no_certificate(checked, users_port):
 def test_ciphers_that_are_not_there(checked):
     checked.home.control("tlsserverciphers", "ECDHE-RSA-NOSUCH:ECDHE+AESGCM")
     problem = checked.find().only("ciphers", "warning")
-    assert problem["what"] == "no such cipher: ECDHE-RSA-NOSUCH; left out"
+    assert problem["what"] == "tlsserverciphers: no such cipher: ECDHE-RSA-NOSUCH; left out"
     assert "openssl ciphers" in problem["remedy"]
     checked.home.control("tlsserverciphers", "ECDHE-RSA-NOSUCH")
     found = checked.find()

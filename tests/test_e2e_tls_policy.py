@@ -28,14 +28,16 @@ def test_unknown_ciphers_are_logged_one_by_one(start, home):
     assert handshake(service, "-tls1_2")[1] == "ECDHE-ECDSA-CHACHA20-POLY1305"
     assert handshake(service, "-tls1_3")[1] == "TLS_AES_128_GCM_SHA256"
     unknown = ["NO-SUCH-CIPHER", "TLS_NOR_THIS", "ECDHE+NOTHING"]
-    assert errors(service, 2) == [f"no such cipher: {name}; left out" for name in unknown] * 2
+    expected = [f"tlsserverciphers: no such cipher: {name}; left out" for name in unknown]
+    assert errors(service, 2) == expected * 2
 
 
 @pytest.mark.parametrize("names", ["NOTHING:OF:THIS", "!ECDHE", "ECDHE+AESGCM:!ALL"])
 def test_the_default_holds_where_no_cipher_is_left(start, names):
     service = start(environ={"TLSCIPHERS": names})
     assert handshake(service, "-tls1_2")[1] == "ECDHE-ECDSA-AES256-GCM-SHA384"
-    assert errors(service)[-1] == f"no ciphers of TLS 1.2 in {names}; the default is in force"
+    why = f"no ciphers of TLS 1.2 in {names}; the default is in force"
+    assert errors(service)[-1] == f"tlsserverciphers: {why}"
 
 
 def test_ciphers_of_tls_1_2_by_their_names_in_the_registry(start):
@@ -51,6 +53,19 @@ def test_a_list_for_tls_1_3_alone(start):
     assert handshake(service, "-tls1_3")[1] == "TLS_CHACHA20_POLY1305_SHA256"
     assert handshake(service, "-tls1_2")[1] == "ECDHE-ECDSA-AES256-GCM-SHA384"
     assert errors(service, 2) == []
+
+
+@pytest.mark.parametrize(
+    "names", ["ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE-ECDSA-CHACHA20-POLY1305"]
+)
+def test_the_client_knows_best(start, home, names):
+    """All ciphers are good: what it would like best is taken, as by netqmail's."""
+    service = start()
+    others = "ECDHE-ECDSA-AES256-GCM-SHA384"
+    assert handshake(service, "-tls1_2", "-cipher", f"{names}:{others}")[1] == names
+    newest = "TLS_AES_128_GCM_SHA256"
+    choice = f"{newest}:TLS_AES_256_GCM_SHA384"
+    assert handshake(service, "-tls1_3", "-ciphersuites", choice)[1] == newest
 
 
 # Versions

@@ -282,6 +282,18 @@ def test_control_file_that_is_needed_later_and_can_not_be_read(start, home, auth
     assert errors(service) == [f"cannot read control/{name}: {DENIED}"]
 
 
+@pytest.mark.parametrize("name", ["clientca.pem", "clientcrl.pem", "dh2048.pem"])
+def test_pem_file_that_can_not_be_read(start, home, authority, name):
+    """TLS goes on as well as it can, and OpenSSL does not tell why it can not read the file."""
+    home.control("clientca.pem", authority.pem)
+    home.control("tlsclients", "alice@example.org")
+    home.control(name, "", UNREADABLE)
+    service = start()
+    assert "221 " in swaks(service, "--tls", "--quit-after", "EHLO").output
+    consequence = "; no client certificate counts" if name == "clientcrl.pem" else ""
+    assert errors(service) == [f"control/{name}: {DENIED}{consequence}"]
+
+
 def test_home_that_is_not_there(start, home):
     missing = home.path / "missing"
     service = start(environ={"QMAILHOME": str(missing)})

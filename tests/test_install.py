@@ -60,7 +60,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         directory = directory.parent
-    installed = directory / "usr" / "qmail smtpd"
+    installed = directory / "usr" / "qmail-smtpd+py"
     with open(directory / "lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (installed / "installed").exists():
@@ -149,6 +149,14 @@ def test_the_mail_user_can_run_it_and_write_nothing() -> None:
     find = ["find", program.parent.parent, "-writable", "-not", "-type", "l"]
     if os.getuid() == 0:
         assert as_mail_user(find).stdout == b""
+
+
+def test_a_prefix_that_run_files_could_not_name(tmp_path: Path) -> None:
+    place = tmp_path / "of mine"
+    done = run_make("install", place)
+    assert done.returncode != 0
+    assert f"{place}: run files, units and hooks could not name it" in done.stdout
+    assert not place.exists()
 
 
 def test_run_files_have_the_prefix(prefix: Path) -> None:

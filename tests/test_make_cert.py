@@ -125,7 +125,8 @@ def test_one_that_is_there_is_replaced_only_by_force(control: Path) -> None:
     ("variables", "words"),
     [
         ({"KEY": "dsa"}, "KEY is rsa:BITS, ec or ed25519, not 'dsa'"),
-        ({"KEY": "rsa:many"}, "rsa_keygen_bits"),
+        ({"KEY": "rsa:many"}, "2048 bits or more"),
+        ({"KEY": "rsa:1024"}, "2048 bits or more"),
         ({"QMAIL": "/nonexistent"}, "there is no /nonexistent/control"),
         ({"FROM": "/nonexistent.pem"}, "cannot read /nonexistent.pem"),
         ({"FROM": "/dev/null"}, "no certificate in /dev/null"),
@@ -198,8 +199,9 @@ def test_a_request_and_what_the_authority_answers(
     request = openssl("req", "-in", control / "req.pem", "-noout", "-text", "-verify")
     assert f"DNS:{NAME}" in request
     signed = authority.sign(control / "req.pem", "signed", "intermediate", "CA:false")
-    command = asked.stdout.splitlines()[-1]
-    assert command.strip() == f"make cert FROM='{control}/reqkey.pem signed.pem chain.pem'"
+    command = asked.stdout.splitlines()[-1].strip()
+    home = f"QMAIL='{control.parent}'"
+    assert command == f"make cert {home} FROM='{control}/reqkey.pem signed.pem chain.pem'"
     files = f"{control}/reqkey.pem {signed} {authority.intermediate}"
     assert make("cert", control, FROM=files).stderr == ""
     assert handshake(stage, authority.root) == "ok"

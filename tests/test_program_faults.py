@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -154,6 +155,18 @@ def test_a_client_that_leaves_queues_nothing(host: Stage, steps: int, how: str) 
         assert program.wait() == 1
     assert queued(host) == []
     assert logs.read_all(program.log)[-1].event == "disconnect"
+
+
+def test_a_client_that_does_not_hear_the_reply_to_quit(host: Stage) -> None:
+    """As to netqmail, that is no orderly end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(b"QUIT\r\n")
+        ours.shutdown(socket.SHUT_RD)
+        done = subprocess.run(
+            [*under_test(), *host.args], stdin=theirs, stdout=theirs, env=host.env, check=False
+        )
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize("how", ["close", "half"])

@@ -75,6 +75,21 @@ def test_literals_of_ours(host: Stage, literal: str) -> None:
     assert delivery.read[1] == b"F\0Tpostmaster@mx.example.org\0\0"
 
 
+def test_localiphost_ends_at_a_nul(host: Stage) -> None:
+    """In an envelope it would end the address."""
+    host.control({"rcpthosts": "mx.example.org\n"})
+    (host.home / "control" / "localiphost").write_bytes(b"mx.example.org\0.example\n")
+    with Program(host) as program:
+        client = program.client
+        assert client.reply()
+        assert client.command(b"MAIL FROM:<a@[127.0.0.1]>") == "250 ok"
+        assert client.command(b"RCPT TO:<u@[127.0.0.1]>") == "250 ok"
+        assert client.command(b"DATA") == "354 go ahead"
+        assert (client.command(b".") or "").startswith("250 ok ")
+    (delivery,) = host.deliveries()
+    assert delivery.read[1] == b"Fa@mx.example.org\0Tu@mx.example.org\0\0"
+
+
 RULES = {
     "the address": b"::1",
     "a prefix that ends with a colon": b":",

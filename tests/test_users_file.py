@@ -139,6 +139,15 @@ def test_a_hash_that_asks_for_too_much_memory_is_malformed(path):
         load(str(path))
 
 
+def test_a_list_that_nobody_takes(home, users):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*PROGRAM, "list"], stdout=full, stderr=subprocess.PIPE, env={"QMAILHOME": str(home)}
+        )
+    assert done.returncode == 111
+    assert done.stderr == b"qmail-smtpd-users: cannot write: No space left on device\n"
+
+
 # set
 
 
