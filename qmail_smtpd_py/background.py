@@ -69,4 +69,5 @@ def _open_to_append(path: str) -> int:
     try:
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError as error:
-        raise StartError(f"cannot write {path}: {error.strerror}") from None
+        who = f"(uid {os.geteuid()})"
+        raise StartError(f"cannot write {path}: {error.strerror} {who}") from None

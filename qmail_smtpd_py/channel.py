@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from .tls import Context
-
 _RECORD = 16384  # octets in a TLS record (RFC 8446 section 5.1)
 
 
@@ -31,17 +29,20 @@ class Channel:
     """One connection's TLS, on octets in memory.
 
     `ended` is empty until the peer ended TLS or broke it, and then says how; `notes` are complete
-    when the handshake is.
+    when the handshake is.  `context` is pyOpenSSL's.
     """
 
-    def __init__(self, context: Context | ClientChannel) -> None:
+    def __init__(self, context: Any, is_client: bool = False) -> None:
         from OpenSSL import SSL
 
         self._errors = SSL
-        self._connection = SSL.Connection(context.ssl, None)
+        self._connection = SSL.Connection(context, None)
         self.notes = Notes()
         self._connection.set_app_data(self.notes)
-        self._connection.set_accept_state()
+        if is_client:
+            self._connection.set_connect_state()
+        else:
+            self._connection.set_accept_state()
         self._up = False
         self.ended = ""
 
@@ -71,6 +72,8 @@ class Channel:
 
     def read(self) -> bytes:
         """What the peer said, as far as it has come; empty where more is to be fed, or it ended."""
+        if self.ended:
+            return b""  # lest OpenSSL, asked again, has another reason
         pieces = []
         try:
             while True:
@@ -84,8 +87,13 @@ class Channel:
         return b"".join(pieces)
 
     def write(self, data: bytes) -> bytes:
-        """The data, encrypted."""
-        self._connection.sendall(data)
+        """The data, encrypted; not where the peer broke TLS behind what it is the answer to: then
+        an alert, and the next read tells of it.
+        """
+        try:
+            self._connection.sendall(data)
+        except self._errors.Error as error:
+            self.ended = self.ended or f"TLS: {reason(error)}"
         return self.pending()
 
     def close(self) -> bytes:
@@ -133,7 +141,7 @@ class Channel:
 
         try:
             subject = certificate.to_cryptography().subject
-        except ValueError:
+        except Exception:  # whatever a library makes of what a client has made up
             return None, "malformed"
         for attribute in subject.get_attributes_for_oid(NameOID.EMAIL_ADDRESS):
             return str(attribute.value), ""
@@ -169,9 +177,7 @@ class ClientChannel(Channel):
     def __init__(self) -> None:
         from OpenSSL import SSL
 
-        self.ssl = SSL.Context(SSL.TLS_CLIENT_METHOD)
-        super().__init__(self)
-        self._connection.set_connect_state()
+        super().__init__(SSL.Context(SSL.TLS_CLIENT_METHOD), is_client=True)
 
 
 def reason(error: Exception) -> str:

@@ -133,7 +133,7 @@ class Encryption:
 
             context = self._context or tls.Context(self._policy())
             self._warn(context.warnings)
-            self.channel = channel = Channel(context)
+            self.channel = channel = Channel(context.ssl)
             try:
                 wire.start_tls(channel)
             finally:

@@ -90,7 +90,7 @@ _LAUNCHER = """\
 import sys
 from _frozen_importlib_external import MAGIC_NUMBER
 from marshal import loads
-from posix import _exit, getpid, write
+from posix import _exit, geteuid, getpid, write
 
 sys.path += {path!r}
 status, reply = {trouble}, {reply!r}
@@ -109,7 +109,8 @@ try:
     reply = b""
     status = main()
 except Exception as error:
-    why = type(error).__name__ + "; is the memory limit too low?"
+    why = "%s (uid %d): may it not read the program, or is the memory limit too low?"
+    why %= (type(error).__name__, geteuid())
     write(2, ('{name}[%d]: error why="%s"\\n' % (getpid(), why)).encode())
     write(1, reply)
 finally:

@@ -39,6 +39,7 @@ class Listener:
         self._options = options
         self._directory = os.getcwd()  # which names in the command line may be relative to
         self._heritage = sockets.inherit()
+        self._environ = environment()  # now, as -u may not be able to see all of it
         self._socket = self._heritage.socket or sockets.bind(options)
         if not options.helper:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, options.no_delay)
@@ -93,8 +94,7 @@ class Listener:
 
     def _load(self) -> Service:
         """Load what all workers share, as the user that they will be."""
-        options = self._options
-        environ = environment()
+        options, environ = self._options, self._environ
         if environ.get(b"TLSTICKETS") == b"0":
             give_no_tickets(environ)
         arguments = [os.fsencode(word) for word in options.arguments]
@@ -216,12 +216,13 @@ class Listener:
         here = os.getcwd()
         try:
             os.chdir(self._directory)
-            os.execve(sys.executable, words, {**os.environ, **heritage})
+            os.execve(sys.executable, words, {**self._environ, **heritage})
         except OSError as error:
             os.chdir(here)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             self._socket.set_inheritable(False)
-            self._tell(f"warning: cannot restart: {error.strerror}")
+            what = f"{error.filename or sys.executable}: {error.strerror} (uid {os.geteuid()})"
+            self._tell(f"warning: cannot restart: {what}")
 
 
 def _fill_descriptors() -> None:
@@ -306,5 +307,7 @@ def main() -> int:
         _complain(f"fatal: {error}")
         if isinstance(error, UsageError):
             sys.stderr.write(USAGE)
+        elif options.daemon:
+            background.remove_pid_file(options.pid_file)
         return error.status
     return 0

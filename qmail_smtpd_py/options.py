@@ -6,6 +6,7 @@ import getopt
 import os
 
 from .proxyprotocol import Peers
+from .settings import LONGEST_TIMEOUT
 from .tcpenviron import LookUps
 from .tcprules import Rules
 
@@ -28,6 +29,10 @@ LONG = (
     "helper=", "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=",
     "proxy-from=", "help",
 )  # fmt: skip
+
+
+_LARGEST, _DIGITS = 2**32 - 1, 10  # what ids can be; other numbers are smaller
+_MOST_PROCESSES = 2**22  # proc(5), pid_max
 
 
 class StartError(Exception):
@@ -116,17 +121,17 @@ class Options:
             "--help": (self, "wants_help", True),
         }
         values: dict[str, tuple[str, Callable[[str], object]]] = {
-            "-b": ("backlog", _number),
+            "-b": ("backlog", _backlog),
             "-B": ("banner", str),
-            "-c": ("limit", _positive),
+            "-c": ("limit", _processes),
             "-g": ("gid", _id),
             "-u": ("uid", _id),
             "--helper": ("helper", _path),
             "--pid-file": ("pid_file", _path),
             "--log-file": ("log_file", _path),
             "--max-use": ("max_use", _positive),
-            "--max-age": ("max_age", _seconds),
-            "--idle": ("idle", _positive),
+            "--max-age": ("max_age", _age),
+            "--idle": ("idle", _processes),
             "--drain": ("drain", _seconds),
             "--proxy-from": ("proxies", Peers),
         }
@@ -155,13 +160,27 @@ def _number(text: str) -> int:
         raise ValueError("empty, not a number")
     if not (text.isascii() and text.isdigit()):
         raise ValueError("not a number")
-    return int(text)
+    number = int(text[:_DIGITS])
+    if len(text) > _DIGITS or number > _LARGEST:
+        raise ValueError("too large")
+    return number
+
+
+def _backlog(text: str) -> int:
+    return min(_number(text), 2**31 - 1)  # the kernel has a limit of its own
 
 
 def _positive(text: str) -> int:
     number = _number(text)
     if not number:
         raise ValueError("not at least 1")
+    return number
+
+
+def _processes(text: str) -> int:
+    number = _positive(text)
+    if number > _MOST_PROCESSES:
+        raise ValueError("more than there can be processes")
     return number
 
 
@@ -188,6 +207,13 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds < 1e9:
+    if not 0 <= seconds <= LONGEST_TIMEOUT:
         raise ValueError("not a number of seconds")
+    return seconds
+
+
+def _age(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 1:
+        raise ValueError("not at least 1 second")
     return seconds

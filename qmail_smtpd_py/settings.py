@@ -27,7 +27,8 @@ LONGEST_SESSION = 86400
 LEAST_RATE = 1
 """Octets a second that a client has to send, once it has begun to send something."""
 
-_LONGEST_TIMEOUT = 2_000_000  # seconds; what poll(2) takes, in milliseconds
+LONGEST_TIMEOUT = 2_000_000
+"""Seconds; what poll(2) takes, in milliseconds."""
 _LARGEST_DATABYTES = 4294967294  # netqmail keeps it in 32 bits, and one less is its limit
 
 
@@ -107,7 +108,7 @@ class Policy:
         ip_host = me if ip_host is None else ip_host
         # In an envelope a NUL would end the address.
         self.ip_host = None if ip_host is None else ip_host.partition(b"\0")[0]
-        self.timeout = min(max(1, files.number("timeoutsmtpd", TIMEOUT)), _LONGEST_TIMEOUT)
+        self.timeout = min(max(1, files.number("timeoutsmtpd", TIMEOUT)), LONGEST_TIMEOUT)
         self.longest_session = sources.number(b"TIMEOUTSESSION", "timeoutsession", LONGEST_SESSION)
         self.least_rate = sources.number(b"MINRATE", "minrate", LEAST_RATE)
 

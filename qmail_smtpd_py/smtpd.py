@@ -10,6 +10,7 @@ from __future__ import annotations
 import posix as os  # cheaper at start: see launcher.py
 import sys
 import time
+from _signal import SIG_DFL, SIGCHLD, signal  # type: ignore[import-not-found]
 
 from . import log, reply
 from .badmailfrom import BadMailFrom
@@ -19,7 +20,7 @@ from .control import ControlFiles
 from .effects import ControlError, Effects, Identity
 from .rcpthosts import RcptHosts
 from .session import CLOSED, TLS_HANDSHAKE, Session
-from .settings import TIMEOUT, Sources, policy
+from .settings import LONGEST_TIMEOUT, TIMEOUT, Sources, policy
 from .wire import ConnectionLost, HandedOver, TimedOut, Wire
 
 TYPE_CHECKING = False
@@ -96,7 +97,8 @@ class Server(Effects):
         """Seconds to let a client wait that may not relay, to see whether it can."""
         if self.connection.relay_client is not None:
             return 0
-        return self._sources.number(b"SMTPD_GREETDELAY", "greetdelay", 0)
+        seconds = self._sources.number(b"SMTPD_GREETDELAY", "greetdelay", 0)
+        return min(seconds, LONGEST_TIMEOUT)
 
     def turns_early_talker_away(self) -> bool:
         """Whether a client that can not wait is turned away; the log is told of it anyway."""
@@ -270,6 +272,8 @@ def serve(
         log.write("error", {"ip": Connection(environ).remote_ip, "why": str(error)})
         if not may_begin:
             wire.write(reply.CONTROLS_UNREADABLE.render())
+        if server:  # which has told of the connection, too
+            server.log("disconnect", {"why": "closed"})
         return 1
     finally:
         wire.close()
@@ -362,6 +366,7 @@ def main() -> int:
     """The program: descriptors 0 and 1, the environment and the arguments are the process's."""
     try:
         environ = environment()
+        signal(SIGCHLD, SIG_DFL)  # where it is ignored, nobody hears what became of a message
         _tidy_descriptors(_ucspi_descriptors(environ) if b"SSLCTLFD" in environ else ())
         coding = sys.getfilesystemencoding()
         arguments = [word.encode(coding, "surrogateescape") for word in sys.argv[1:]]  # PEP 383
@@ -422,16 +427,25 @@ def _ucspi_descriptors(environ: dict[bytes, bytes]) -> list[int]:
     return []
 
 
+def close_inherited(kept: Sequence[int]) -> None:
+    """Close all descriptors but 0, 1, 2 and those that are kept, whatever their numbers."""
+    try:
+        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        numbers = list(range(1024))
+    for number in numbers:
+        if number > 2 and number not in kept:
+            try:
+                os.close(number)
+            except OSError:
+                pass  # it was for the list itself
+
+
 def _tidy_descriptors(kept: Sequence[int]) -> None:
-    """Close what was inherited beside 0, 1, 2 and those that are kept, so that no child gets it,
-    and see that there is a descriptor 2: a pipe of ours in its place would never end for the child
-    that reads it.
+    """Close what was inherited and is not kept, so that no child gets it, and see that there is a
+    descriptor 2: a pipe of ours in its place would never end for the child that reads it.
     """
-    first = 3
-    for descriptor in kept:
-        os.closerange(first, descriptor)
-        first = descriptor + 1
-    os.closerange(first, 1024)
+    close_inherited(kept)
     try:
         os.fstat(2)
     except OSError:

@@ -7,13 +7,13 @@ import socket
 import stat
 
 from .options import Options, StartError
+from .smtpd import close_inherited
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _FDS_START = 3  # sd_listen_fds(3)
-_MOST_DESCRIPTORS = 1024  # that we may inherit
 _NO_PORT = "there is no such port"
 _VARIABLE = "QMAIL_SMTPD_LISTEN"  # what a predecessor leaves: descriptor, 1 if it is ours, workers
 
@@ -29,18 +29,18 @@ class Heritage:
         self.is_successor = False
         self.workers: list[int] = []
 
-    def leave(self, listener: socket.socket, workers: Iterable[int]) -> dict[str, str]:
+    def leave(self, listener: socket.socket, workers: Iterable[int]) -> dict[bytes, bytes]:
         """The variable by which a successor finds all this again; the socket stays open for it."""
         listener.set_inheritable(True)
         numbers = [listener.fileno(), int(self.owns_socket), *workers]
-        return {_VARIABLE: ",".join(map(str, numbers))}
+        return {_VARIABLE.encode(): ",".join(map(str, numbers)).encode()}
 
 
 def inherit() -> Heritage:
     """Take what we were left; all other descriptors are closed, so that no child gets them.
 
     No variable of it stays, as children are to have the environment of the listener's start.
-    Raises StartError where systemd has more than one socket for us.
+    Raises StartError where systemd has more than one socket for us, or none after all.
     """
     left = os.environ.pop(_VARIABLE, None)
     if left:
@@ -56,16 +56,18 @@ def inherit() -> Heritage:
         if sockets != "1":
             raise StartError(f"systemd has {sockets} sockets for us: a listener has one")
         return Heritage(_FDS_START, owns_socket=False)
-    os.closerange(3, _MOST_DESCRIPTORS)
+    close_inherited([])
     return Heritage(None)
 
 
 def _adopt(descriptor: int) -> socket.socket:
-    """The socket that was inherited; what else was is closed."""
-    os.closerange(3, descriptor)
-    os.closerange(descriptor + 1, _MOST_DESCRIPTORS)
-    os.set_inheritable(descriptor, False)
-    return socket.socket(fileno=descriptor)
+    """The socket that was inherited; what else was is closed.  Raises StartError."""
+    close_inherited([descriptor])
+    try:
+        os.set_inheritable(descriptor, False)
+        return socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise StartError(f"descriptor {descriptor} was to be a socket: {error.strerror}") from None
 
 
 def bind(options: Options) -> socket.socket:
@@ -77,7 +79,7 @@ def _bind_port(options: Options) -> socket.socket:
     """A socket that listens where the command line says; raises StartError."""
     host = "0.0.0.0" if options.host == "0" else options.host
     try:
-        if options.port.isdigit() and int(options.port) > 65535:
+        if options.port.isdecimal() and int(options.port) > 65535:
             raise OSError(0, _NO_PORT)  # of which the library would make another
         found = socket.getaddrinfo(
             host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

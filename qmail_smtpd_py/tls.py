@@ -41,9 +41,9 @@ class Policy:
     """What handshakes are like, by the administrator's choice.
 
     `ciphers` are OpenSSL cipher strings, or none for the default; `minimum` is the oldest version
-    of TLS, "1.2", the default, or "1.3"; `ask_client` tells whether a client certificate is asked
-    for, `resumable` whether clients are given session tickets, which is of use where the context
-    outlives the connection.
+    of TLS, b"1.2" or b"1.3", or None for the default, which is 1.2; `ask_client` tells whether a
+    client certificate is asked for, `resumable` whether clients are given session tickets, which is
+    of use where the context outlives the connection.
     """
 
     __slots__ = ("ask_client", "ciphers", "minimum", "resumable")
@@ -88,10 +88,9 @@ class Context:
         context.set_session_id(b"qmail-smtpd")
         self._choose_versions(policy.minimum)
         self._load_certificates(certificate)
+        context.set_cipher_list(CIPHERS)
         if policy.ciphers:
             self._choose_ciphers(policy.ciphers)
-        else:
-            context.set_cipher_list(CIPHERS)
         self._load_dh_parameters()
         if policy.ask_client:
             self._ask_for_certificate()
@@ -137,7 +136,9 @@ class Context:
             raise TlsError(f"{path}: {reason(error)}") from None
 
     def _choose_ciphers(self, ciphers: Sequence[bytes]) -> None:
-        """Set the ciphers of TLS 1.2, and those of TLS 1.3, where some are named."""
+        """Set the ciphers of TLS 1.2, and those of TLS 1.3; one for which none are named keeps its
+        default.
+        """
         from OpenSSL import SSL
 
         older, newer, unknown = sort_ciphers(ciphers)
@@ -145,9 +146,10 @@ class Context:
         self.warnings += [f"{source}: no such cipher: {_text(name)}; left out" for name in unknown]
         if newer:
             self.ssl.set_tls13_ciphersuites(b":".join(newer))
+            if not older:
+                return
         try:
-            if older or not newer:
-                self.ssl.set_cipher_list(b":".join(older))
+            self.ssl.set_cipher_list(b":".join(older))
         except SSL.Error:
             self.ssl.set_cipher_list(CIPHERS)
             text = f"no ciphers of TLS 1.2 in {_text(b':'.join(ciphers))}"
@@ -335,7 +337,7 @@ def _rehearse(context: Context) -> None:
     """Make a handshake with ourselves, in memory: what OpenSSL sets up at its first one is then
     there, and shared, in every process forked after it.
     """
-    server, client = Channel(context), ClientChannel()
+    server, client = Channel(context.ssl), ClientChannel()
     try:
         for _ in range(3):  # TLS 1.3 needs two turns, TLS 1.2 three
             client.handshake()

@@ -195,7 +195,12 @@ class Wire:
         import socket
 
         try:
-            with socket.socket(fileno=os.dup(self._write_fd)) as connection:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = socket.socket(fileno=self._write_fd)
+        except OSError:
+            return  # no socket
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError:
             pass  # not TCP
+        finally:
+            connection.detach()

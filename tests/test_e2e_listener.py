@@ -100,6 +100,23 @@ def test_rights_are_given_up_for_good(
             assert rights(listener.pid) == none_but(user)
 
 
+def test_children_get_no_variable_of_the_interpreter_s(mx: Stage, ids: list[str]) -> None:
+    """In the C locale it adds LC_CTYPE (PEP 538), and -u may not see what there was before."""
+    queue = mx.tools / "shell-queue"
+    queue.write_text("#!/bin/sh\nenv >&2\ncat <&0 >/dev/null\ncat <&1 >/dev/null\n")
+    queue.chmod(0o755)
+    mx.environment({"QMAILQUEUE": str(queue)})
+    with Listening(mx, *ids) as listener:
+        for restarts in range(2):
+            client = listener.greeted()
+            send_message(client)
+            quit_(client)
+            listener.log.wait_for("^QMAILQUEUE=", restarts + 1)
+            listener.signal(signal.SIGUSR2)
+            listener.log.wait_for(": restarting$", restarts + 1)
+        assert "LC_CTYPE" not in listener.log.text()
+
+
 def test_rights_that_can_not_be_taken(mx: Stage, user: pwd.struct_passwd) -> None:
     words = [*program(), "-g", "1", "-u", "1", "127.0.0.1", "0"]
     ended = as_mail_user(words, env={"QMAILHOME": str(mx.home)})

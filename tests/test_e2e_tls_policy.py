@@ -19,6 +19,9 @@ def errors(service, sessions=1):
 
 # Ciphers
 
+WEAK = "ECDHE-ECDSA-AES128-SHA:ECDHE-ECDSA-AES256-SHA384"
+"""Ciphers that OpenSSL would have by default, and we have not."""
+
 
 def test_unknown_ciphers_are_logged_one_by_one(start, home):
     """And the known ones count, those of TLS 1.3 among them."""
@@ -36,6 +39,7 @@ def test_unknown_ciphers_are_logged_one_by_one(start, home):
 def test_the_default_holds_where_no_cipher_is_left(start, names):
     service = start(environ={"TLSCIPHERS": names})
     assert handshake(service, "-tls1_2")[1] == "ECDHE-ECDSA-AES256-GCM-SHA384"
+    assert handshake(service, "-tls1_2", "-cipher", WEAK)[1] is None
     why = f"no ciphers of TLS 1.2 in {names}; the default is in force"
     assert errors(service)[-1] == f"tlsserverciphers: {why}"
 
@@ -52,6 +56,7 @@ def test_a_list_for_tls_1_3_alone(start):
     service = start(environ={"TLSCIPHERS": "TLS_CHACHA20_POLY1305_SHA256"})
     assert handshake(service, "-tls1_3")[1] == "TLS_CHACHA20_POLY1305_SHA256"
     assert handshake(service, "-tls1_2")[1] == "ECDHE-ECDSA-AES256-GCM-SHA384"
+    assert handshake(service, "-tls1_2", "-cipher", WEAK)[1] is None
     assert errors(service, 2) == []
 
 

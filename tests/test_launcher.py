@@ -170,7 +170,8 @@ def test_a_program_that_can_not_be_loaded_is_a_temporary_problem(
         [copied / name], stdin=subprocess.DEVNULL, capture_output=True, check=False
     )
     assert (done.returncode, done.stdout) == (status, reply)
-    line = rb'%s\[\d+\]: error why="\w+; is the memory limit too low\?"\n' % name.encode()
+    why = rb"\w+ \(uid \d+\): .* is the memory limit too low\?"
+    line = rb'%s\[\d+\]: error why="%s"\n' % (name.encode(), why)
     assert re.fullmatch(line, done.stderr)
 
 

@@ -50,6 +50,22 @@ def fresh(client: Client) -> None:
     assert client.command(b"RSET") == "250 flushed"
 
 
+@pytest.mark.parametrize("broken", [b"no TLS at all\r\n", b"\x17\x03\x03\x00\x20" + bytes(32)])
+def test_a_client_that_breaks_tls(mx: Stage, broken: bytes) -> None:
+    """Behind a command, in one piece: that is the end of its session alone."""
+    with Listening(mx, "-c", "1") as listener:
+        first = listener.greeted()
+        start_tls(first)
+        first.connection.write(first.encrypt(b"NOOP\r\n") + broken)
+        first.read_to_end()
+        [(worker, status)] = listener.ends()
+        assert status == 1
+        listener.log.wait_for(r' disconnect ip=\S+ why="TLS: ')
+        quit_(listener.greeted())
+        assert listener.ends() == [(worker, 0)]
+        assert "warning" not in listener.log.text()
+
+
 @pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
 @pytest.mark.parametrize("tls", [False, True], ids=["clear", "tls"])
 def test_what_a_client_leaves_behind(mx: Stage, left: list[bytes], tls: bool) -> None:

@@ -59,10 +59,10 @@ def test_a_process_for_each_connection(mx: Stage) -> None:
 
 
 def test_a_worker_ends_when_it_is_old(mx: Stage) -> None:
-    with Listening(mx, "-c", "1", "--max-age=0.2") as listener:
+    with Listening(mx, "-c", "1", "--max-age=1") as listener:
         client = listener.greeted()
         worker = worker_of(listener, client)
-        client.patience = 0.3
+        client.patience = 1.2
         assert client.reply() is None  # it does not end in the middle of a session
         client.patience = PATIENCE
         quit_(client)

@@ -96,6 +96,11 @@ def test_port_by_name(mx: Stage) -> None:
         ["-c"],
         ["--max-use=0", "127.0.0.1", "0"],
         ["--max-age=-1", "127.0.0.1", "0"],
+        ["--max-age=0", "127.0.0.1", "0"],
+        ["--drain=9999999", "127.0.0.1", "0"],
+        ["-c", "999999999999", "127.0.0.1", "0"],
+        ["-c", "9" * 5000, "127.0.0.1", "0"],
+        ["--idle=99999999", "127.0.0.1", "0"],
         ["--drain=nan", "127.0.0.1", "0"],
         ["--proxy-from=10.0.0.1/8", "127.0.0.1", "0"],
         ["--proxy-from=", "127.0.0.1", "0"],
@@ -176,12 +181,34 @@ def test_an_address_that_can_not_be(mx: Stage, host: str, port: str, why: str) -
     assert text.count("\n") == 1
 
 
+def test_a_digit_that_is_none(mx: Stage) -> None:
+    status, text = refusal(mx, "127.0.0.1", "\N{SUPERSCRIPT TWO}")
+    assert status == 111
+    assert text.endswith(": there is no such port\n")
+
+
 def test_a_port_that_is_taken(mx: Stage) -> None:
     with taken_port("127.0.0.1") as port:
         status, text = refusal(mx, "127.0.0.1", str(port))
     why = "Address already in use"
     assert text == f"qmail-smtpd-listen: fatal: cannot listen on 127.0.0.1 port {port}: {why}\n"
     assert status == 111
+
+
+@pytest.mark.parametrize("given", [None, os.devnull], ids=["nothing", "a file"])
+def test_a_socket_from_systemd_that_is_none(mx: Stage, given: str | None) -> None:
+    words = ["127.0.0.1", "0"]
+    there = f"exec 3<{given}; " if given else ""
+    script = f'{there}LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *program(), *words],
+        env=octet_environment(mx),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 111
+    assert done.stderr.startswith("qmail-smtpd-listen: fatal: descriptor 3 was to be a socket: ")
 
 
 def test_a_home_that_is_not_there(mx: Stage, tmp_path: Path) -> None:

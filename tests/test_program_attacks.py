@@ -180,6 +180,36 @@ def test_tls_that_ends_inside_a_message_queues_nothing(
     assert [delivery.read[1] for delivery in host.deliveries()] == [b""]
 
 
+BROKEN = {
+    "another protocol": b"GET / HTTP/1.0\r\n\r\n",
+    "a record that does not verify": b"\x17\x03\x03\x00\x20" + bytes(32),
+    "a record that is too long": b"\x17\x03\x03\xff\xff" + bytes(300),
+    "an alert in clear": b"\x15\x03\x03\x00\x02\x02\x28",
+}
+
+
+@pytest.mark.tls
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("command", [b"NOOP\r\n", b"QUIT\r\n", b"MAIL FROM:<>\r\n" * 30])
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+def test_tls_that_breaks_behind_a_command(
+    host: Stage, version: str, command: bytes, broken: bytes
+) -> None:
+    """In one piece: what was said before counts, and the answer to it can not be given."""
+    with Program(host) as program:
+        client = greeted(program)
+        assert client.command(b"STARTTLS") == "220 ready for tls"
+        assert client.start_tls(min=version, max=version) == "ok"
+        client.connection.write(client.encrypt(command) + broken)
+        client.read_to_end()
+        program.wait()
+    *lines, last = logs.read_all(program.log)
+    assert last.event == "disconnect"
+    assert last.fields["why"] == "quit" or last.fields["why"].startswith("TLS: ")
+    assert last.fields["why"] != "TLS: connection ended"
+    assert "error" not in {line.event for line in lines}
+
+
 @pytest.mark.tls
 def test_tls_over_tcp_does_not_wait_for_acknowledgements(host: Stage) -> None:
     """Without TCP_NODELAY each exchange could stall for 40 ms (tcp(7))."""

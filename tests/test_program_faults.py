@@ -6,9 +6,11 @@ whole was sent whole.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -264,6 +266,8 @@ def test_a_qmail_queue_that_can_not_be_started(host: Stage, kind: str) -> None:
 def test_children_get_their_descriptors_and_no_others(host: Stage, tls: bool) -> None:
     """Whatever the program was started with, and whatever OpenSSL has opened."""
     leaked = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    leaked.append(fcntl.fcntl(leaked[0], fcntl.F_DUPFD, min(1500, most - 1)))
     try:
         with Program(host, pass_fds=leaked) as program:
             client = greeted(program)
@@ -284,6 +288,28 @@ def test_children_get_their_descriptors_and_no_others(host: Stage, tls: bool) ->
     assert delivery.descriptors.keys() == {0, 1, 2}
     for descriptors in (check.descriptors, delivery.descriptors):
         assert not [target for target in descriptors.values() if target.startswith("socket:")]
+
+
+def test_whoever_started_it_ignores_the_death_of_children(host: Stage) -> None:
+    """It has to hear of it: the status of a child that nobody waits for is lost (wait(2))."""
+    with Program(host, preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)) as program:
+        client = greeted(program)
+        assert client.command(b"AUTH PLAIN AGpvZQBzZWNyZXQ=") == "235 ok, go ahead (#2.0.0)"
+        begin_message(client)
+        client.send(b"x\r\n.\r\n")
+        assert (client.reply() or "").startswith("250 ok ")
+
+
+@pytest.mark.tls
+def test_control_files_that_are_needed_in_the_middle(host: Stage) -> None:
+    """The log has the end of each connection of which it has the beginning."""
+    host.environment({"SMTPS": "1"})
+    (host.home / "control" / "tlsserverciphers").mkdir()
+    with Program(host) as program:
+        program.client.read_to_end()
+        assert program.wait() == 1
+    lines = logs.read_all(program.log)
+    assert [line.event for line in lines] == ["connect", "error", "disconnect"]
 
 
 def test_children_get_the_environment_that_the_program_was_started_with(host: Stage) -> None:

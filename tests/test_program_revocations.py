@@ -46,7 +46,7 @@ def home(tmp_path, monkeypatch):
 
 def certified(certificate: str) -> bytes | None:
     """The address that a client with the certificate is known by after a handshake."""
-    channel = Channel(tls.Context(tls.Policy(ask_client=True)))
+    channel = Channel(tls.Context(tls.Policy(ask_client=True)).ssl)
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.use_certificate_chain_file(os.fspath(FIXTURES / certificate))
     context.use_privatekey_file(os.fspath(FIXTURES / certificate))

@@ -189,6 +189,14 @@ def test_a_client_that_takes_slowly_gets_everything(line: Open) -> None:
     assert taken == [data]
 
 
+def test_no_descriptor_is_left_behind(line: Open) -> None:
+    """As TLS begins: one more would keep the stream open for the client."""
+    opened = line("socketpair")
+    before = os.listdir("/proc/self/fd")
+    opened.wire._no_delay()
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_nothing_to_write_needs_no_client(line: Open) -> None:
     end = line()
     end.hang_up()
