@@ -253,6 +253,8 @@ def test_limits_are_told(checked):
     assert found.codes == []
     limits = found.fact("limits")
     assert (limits["databytes"], limits["recipients"], limits["timeout"]) == (10000000, 77, 30)
+    assert limits["least_rate"] == 1
+    assert "least rate 1 octets/s" in limits["text"]
     assert found.fact("concurrency")["sessions"] == 9
 
 
@@ -741,3 +743,18 @@ def test_greeting_delay_is_waited_for_once(checked):
     found = checked.find()
     assert found.codes == []
     assert found.fact("limits")["greeting_delay"] == 1
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_early_talkers(checked, drops):
+    """What is said of them, where there is a greeting to be early for."""
+    found = checked.find(exports={"DROP_PRE_GREET": int(drops), "MINRATE": 50})
+    assert found.fact("limits")["drops_early_talkers"] is drops
+    assert "least rate 50 octets/s" in found.fact("limits")["text"]
+    assert "before the greeting" not in found.fact("limits")["text"]
+    checked.home.control("greetdelay", "1")
+    checked.home.control("droppregreet", str(int(drops)))
+    found = checked.find()
+    assert found.fact("limits")["drops_early_talkers"] is drops
+    end = "turned away" if drops else "only logged"
+    assert found.fact("limits")["text"].endswith(f"; who speaks before the greeting is {end}")
