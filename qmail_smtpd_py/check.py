@@ -162,7 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="qmail-smtpd-check",
         description="Say what qmail-smtpd would do as it is set up, and what is wrong with that.",
-        epilog="Exit status: 0 if there is nothing to do, 1 for warnings, 2 for errors.",
+        epilog="Exit status: 0 if there is nothing to do, 1 for warnings, 2 for errors, 100 for "
+        "wrong arguments or a run file that can not be read.",
     )
     parser.add_argument("--user", metavar="NAME", help="the user that the service runs as")
     parser.add_argument(

@@ -157,6 +157,11 @@ def test_misuse(checked, arguments):
     assert "\nqmail-smtpd-check: " in f"\n{ended.stderr}"
 
 
+def test_help_has_each_exit_status(checked):
+    text = " ".join(checked.run("--help").stdout.split())
+    assert "1 for warnings, 2 for errors, 100 for wrong arguments" in text
+
+
 @with_tls
 @as_root
 def test_another_user_can_not_become_the_service(checked):
@@ -505,7 +510,7 @@ def test_rules(checked):
     found = checked.find(options=["-x", cdb])
     assert found.codes == []
     assert found.fact("rules")["rules"] == 3
-    assert "1 of which deny" in found.fact("rules")["text"]
+    assert "1 of which denies;" in found.fact("rules")["text"]
     assert found.fact("relaying")["addresses"] == ["127."]
 
 
