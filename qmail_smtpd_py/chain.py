@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SMTPD, LISTENER = "qmail-smtpd", options.NAME
 
+_SHELLS = ("sh", "bash", "dash", "ksh")
+
 SERVERS = {
     "tcpserver": (options.SHORT, ()),
     "sslserver": ("013aAb:B:c:dDeEfFg:hHiIjJl:mMnNoOpPqQrRsSt:u:UvVw:x:XyYzZ", ()),
@@ -58,17 +60,42 @@ PORTS = {"smtp": 25, "submission": 587, "smtps": 465, "submissions": 465, "ssmtp
 DEFAULT_CONCURRENCY = 40
 
 
+def is_known(word: str) -> bool:
+    """Whether a word is what the program gets; one that is not known stands as it is written."""
+    return "$" not in word and "`" not in word
+
+
+class _KnownOptions(options.Options):
+    """The listener's command line, read by the listener's code, but for values that are not known.
+
+    User and group id are told of by Chain, as those of the other servers are.
+    """
+
+    def _take(self, flag: str, value: str) -> None:
+        try:
+            super()._take(flag, value)
+        except ValueError:
+            if is_known(value) and flag not in ("-u", "-g", "-U"):
+                raise
+
+
 class Chain:
     """What the programs of a chain say.
 
     `uid` and `gid` are None where nobody says; `limits` are in octets or a number.  `server` is
     what listens, with its `server_flags`; `wrappers` are programs that change nothing that is kept
     here.  `program` is the qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`,
-    the check program's.  `troubles` are what keeps the chain from getting to its end, and remedies.
+    the check program's; `program_uid` is whose it is when it starts, None where nobody says.
+    `files` are what the listener makes as it starts, by option.  `script` is that of a shell in the
+    chain.
+
+    `troubles` are what keeps the chain from getting to its end, and remedies; `odd_ids` the words
+    for a server's -u and -g that are no numbers; `has_gap` is whether a program in it may change
+    more than is known.
     """
 
     def __init__(self, directory: str, note: Callable[[str], None]) -> None:
-        self._directory = directory
+        self.directory = directory
         self._note = note
         self.limits: dict[str, int] = {}
         self.uid: int | None = None
@@ -83,14 +110,19 @@ class Chain:
         self.helper: str | None = None
         self.logs_by_itself = False
         self.program: str | None = None
+        self.program_uid: int | None = None
+        self.files: dict[str, str] = {}
+        self.script: str | None = None
         self.arguments: list[str] = []
         self.wrappers: set[str] = set()
         self.server_flags: set[str] = set()
         self.troubles: list[tuple[str, str]] = []
+        self.odd_ids: list[tuple[str, str]] = []
+        self.has_gap = False
 
     def change_directory(self, path: str) -> None:
         """`cd`: what is relative is relative to this."""
-        self._directory = os.path.join(self._directory, path)
+        self.directory = os.path.join(self.directory, path)
 
     def follow(self, words: list[str], environ: dict[str, str]) -> bool:
         """Go along the chain, changing the environment; whether qmail-smtpd was found."""
@@ -99,7 +131,11 @@ class Chain:
             try:
                 words = self._step(name, words, environ)
             except getopt.GetoptError as error:
-                self._note(f"{name}: {error}")
+                if name == LISTENER:
+                    self._tell_that_it_does_not_start(error)
+                else:
+                    self._note(f"{name}: {error}")
+                self.has_gap = True
                 words = self._search(words[1:])
         return self.program is not None
 
@@ -107,7 +143,9 @@ class Chain:
         """Take one program; the words that it runs."""
         rest = words[1:]
         if name == SMTPD:
-            self.program, self.arguments = words[0], rest
+            self.program, self.arguments, self.program_uid = words[0], rest, self.uid
+        elif _is_shell(words):
+            self.script, rest = rest[1], []
         elif name in SERVERS:
             rest = self._serve(name, words, environ)
         elif name == "softlimit":
@@ -115,7 +153,7 @@ class Chain:
         elif name == "env":
             rest = _env(rest, environ)
         elif name == "envdir":
-            self._take_envdir(os.path.join(self._directory, rest[0] if rest else ""), environ)
+            self._take_envdir(os.path.join(self.directory, rest[0] if rest else ""), environ)
             rest = rest[1:]
         elif name in ("setuidgid", "envuidgid"):
             self._become(name, rest[0] if rest else "", environ)
@@ -132,7 +170,8 @@ class Chain:
         """The chain from qmail-smtpd on, behind a program that is not known."""
         known = (SMTPD, *SERVERS)
         for at, word in enumerate(words):
-            if os.path.basename(word) in known:
+            if os.path.basename(word) in known or _is_shell(words[at:]):
+                self.has_gap = True
                 if not told:
                     self._note(f"what `{words[0]}` changes for qmail-smtpd is not counted")
                 return words[at:]
@@ -152,6 +191,7 @@ class Chain:
         except OSError as error:
             what = f"envdir can not read {path}: {error.strerror}, so the service does not start"
             self.troubles.append((what, "make that directory, or correct its name"))
+            self.has_gap = True
 
     def _become(self, name: str, account: str, environ: dict[str, str]) -> None:
         """setuidgid and envuidgid: the user and its group, or what -U is to become."""
@@ -169,11 +209,16 @@ class Chain:
     def _serve(self, name: str, words: list[str], environ: dict[str, str]) -> list[str]:
         """A program that listens: its options, host and port; the words of what it starts."""
         short, long = SERVERS[name]
-        flags, rest = getopt.getopt(words[1:], short, list(long))
         self.server = name
+        if name == LISTENER:
+            self.program, self.program_uid = words[0], self.uid
+        flags, rest = getopt.getopt(words[1:], short, list(long))
         self.server_flags = {flag for flag, _ in flags}
         for flag, value in flags:
             self._take(flag, value, environ)
+        if name == LISTENER:
+            self._try_options(words[1 : len(words) - len(rest)], rest)
+        self.logs_by_itself = {"--daemon", "--log-file"} <= self.server_flags
         if not self.helper:
             self.host, port = (*rest[:2], "", "")[:2]
             self.port = PORTS.get(port, int(port) if port.isdigit() else None)
@@ -181,8 +226,21 @@ class Chain:
                 self._note(f"port {port or '(none)'} is not known")
             rest = rest[2:]
         if name == LISTENER:
-            self.program, self.arguments = words[0], rest
+            self.arguments = rest
         return rest
+
+    def _try_options(self, words: list[str], rest: list[str]) -> None:
+        """Have the listener's own code read its options and what stands behind them."""
+        if not all(map(is_known, rest)):  # nor is how many words they are
+            rest = [] if self.helper else ["0", "0"]
+        try:
+            _KnownOptions([*words, *rest])
+        except options.StartError as error:
+            self._tell_that_it_does_not_start(error)
+
+    def _tell_that_it_does_not_start(self, error: Exception) -> None:
+        remedy = f"correct its command line in the run file; {LISTENER}(8) has the options"
+        self.troubles.append((f"{LISTENER} does not start: {error}", remedy))
 
     def _take(self, flag: str, value: str, environ: dict[str, str]) -> None:
         """One option of a server."""
@@ -191,26 +249,25 @@ class Chain:
         elif flag == "-g":
             self.gid = self._id(flag, value)
         elif flag == "-U":
-            self.uid = self._id("-U", environ.get("UID", ""))
-            self.gid = self._id("-U", environ.get("GID", ""))
+            self.uid = self._id("-u", environ.get("UID", "$UID"))
+            self.gid = self._id("-g", environ.get("GID", "$GID"))
         elif flag == "-c":
             self.concurrency = int(value) if value.isdigit() else self.concurrency
         elif flag == "-l":
             self.local_host = value
         elif flag == "-x":
-            self.rules = os.path.join(self._directory, value)
+            self.rules = os.path.join(self.directory, value)
         elif flag == "-X":
             self.is_rules_file_optional = True
-        elif flag == "--helper":
-            self.helper = value
-        elif flag == "--log-file":
-            self.logs_by_itself = True
+        elif flag in ("--helper", "--pid-file", "--log-file"):
+            if flag == "--helper":
+                self.helper = value
+            self.files[flag] = os.path.normpath(os.path.join(self.directory, value))
 
     def _id(self, flag: str, value: str) -> int | None:
         if value.isdigit():
             return int(value)
-        if "$" not in value and "`" not in value:  # otherwise that was told
-            self._note(f"{flag} {value or '(nothing)'}: not a number")
+        self.odd_ids.append((flag, value))
         return None
 
     @property
@@ -219,6 +276,11 @@ class Chain:
         if self.helper:
             return False
         return not (self.host == "localhost" or self.host.startswith("127.") or self.host == "::1")
+
+
+def _is_shell(words: list[str]) -> bool:
+    """Whether these words are a shell with a script: `sh -c '...'`."""
+    return os.path.basename(words[0]) in _SHELLS and words[1:2] == ["-c"] and len(words) > 2
 
 
 def _env(words: list[str], environ: dict[str, str]) -> list[str]:

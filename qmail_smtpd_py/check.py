@@ -14,8 +14,8 @@ import pwd
 import sys
 from typing import NoReturn
 
-from . import check_auth, check_limits, check_queue, check_relay, check_session
-from .chain import Chain, read_envdir
+from . import check_auth, check_limits, check_queue, check_relay, check_session, check_start
+from .chain import LISTENER, Chain, is_known, read_envdir
 from .findings import Report
 from .log import where
 from .rights import group_name, owner, user_name
@@ -101,6 +101,7 @@ class Service:
     def examine_user(self, was_given: bool) -> None:
         """Tell who the service is, and whether that can be tried."""
         report, uid = self._report, self.uid
+        is_told = self._tell_of_ids(was_given)
         who = f"{user_name(uid)}:{group_name(self.gid)} (uid {uid}, gid {self.gid})"
         report.fact("service", f"{self.title}, as {who}", uid=uid, gid=self.gid)
         if os.geteuid() not in (0, uid):
@@ -109,8 +110,10 @@ class Service:
             )
             remedy = "run qmail-smtpd-check as root, or as that user"
             report.warning("not-that-user", what, remedy, "what it can read may be something else")
+        elif is_told:
+            return
         elif uid == 0 and not was_given and self.run and self.chain.uid is None:
-            if self.run.notes and self.chain.server:
+            if (self.run.notes or self.chain.has_gap) and self.chain.server:
                 report.warning(
                     "no-user", "whose rights the service has is not known", "--user NAME"
                 )
@@ -123,6 +126,43 @@ class Service:
         if uid != 0 and self.gid == 0 and self.chain.server:
             what = "-u without -g: the service has the rights of group root"
             report.warning("root-group", what, "add -g with a group of its own")
+
+    def _tell_of_ids(self, was_given: bool) -> bool:
+        """Tell of -u and -g that are no numbers, or may be nothing at all; whether there are any.
+
+        To tcpserver and sslserver that is 0, and they stay who they are.  What the run file does
+        not set may come from whoever starts it: that is for --user to say.
+        """
+        report, server, is_told = self._report, self.chain.server, False
+        for flag, word in self.chain.odd_ids:
+            whose = "as root" if flag == "-u" else "with the rights of group root"
+            follows = f"{server} runs the service {whose}"
+            if server == LISTENER:
+                follows = f"{server} does not start"
+            names = self.run.never_set(word) if self.run else []
+            if is_known(word):
+                what = f"{flag} {word!r} is not a number: {follows}"
+                remedy = f'{flag} "$(id {flag} qmaild)"'
+            elif names and not was_given:
+                what = f"nothing in the run file sets {names[0]}; where it is empty, {follows}"
+                remedy = f"{names[0]}=$(id {flag} qmaild) || exit 1"
+                if names[0] in ("UID", "GID"):
+                    remedy = f"envuidgid qmaild in front of {server}"
+                remedy += "; or say --user NAME, if it comes from whoever starts the run file"
+            else:
+                continue
+            report.error("no-user", what, remedy)
+            is_told = True
+        return is_told
+
+    def examine_start(self, smtpd: str, report: Report) -> None:
+        """What the program needs to start, with the rights that it has then.
+
+        A listener has those of -u later: where nobody else says whose it is, it starts as this
+        process.
+        """
+        made = self.run.made_directories if self.run else ()
+        check_start.examine(self.chain, smtpd, made, report)
 
 
 def main() -> int:
@@ -138,7 +178,8 @@ def main() -> int:
         print(f"qmail-smtpd-check: {misuse}", file=sys.stderr)
         return MISUSED
     service.examine_user(bool(arguments.user))
-    _compare_program(service, smtpd, report)
+    if service.chain.program_uid is None and os.geteuid() in (0, service.uid):
+        service.examine_start(smtpd, report)
     try:
         report.add(_in_child(service, smtpd))
     except ValueError:
@@ -162,7 +203,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="qmail-smtpd-check",
         description="Say what qmail-smtpd would do as it is set up, and what is wrong with that.",
-        epilog="Exit status: 0 if there is nothing to do, 1 for warnings, 2 for errors.",
+        epilog="Exit status: 0 if there is nothing to do, 1 for warnings, 2 for errors, 100 for "
+        "wrong arguments or a run file that can not be read.",
     )
     parser.add_argument("--user", metavar="NAME", help="the user that the service runs as")
     parser.add_argument(
@@ -178,22 +220,6 @@ def _parser() -> argparse.ArgumentParser:
         help="as qmail-smtpd's",
     )
     return parser
-
-
-def _compare_program(service: Service, smtpd: str, report: Report) -> None:
-    """See that what the run file starts is the program that is checked."""
-    started = service.chain.program
-    if started is None:
-        return
-    neighbour = os.path.join(os.path.dirname(smtpd), os.path.basename(started))
-    there = os.path.realpath(started) if "/" in started else started
-    if there != os.path.realpath(neighbour):
-        what = f"the run file starts {started}, and what was checked is {neighbour}"
-        remedy = f"put {neighbour} into the run file, or a link to it in the place of {started}"
-        own_check = os.path.join(os.path.dirname(there), "qmail-smtpd-check")
-        if os.path.exists(own_check):
-            remedy = f"run {own_check}; or put {neighbour} into the run file"
-        report.warning("other-program", what, remedy)
 
 
 def _in_child(service: Service, smtpd: str) -> str:
@@ -223,6 +249,8 @@ def _examine(service: Service, smtpd: str) -> Report:
             os.setgroups([service.gid])
             os.setgid(service.gid)
             os.setuid(service.uid)
+        if service.chain.program_uid is not None:
+            service.examine_start(smtpd, report)
         words = [os.fsencode(word) for word in service.chain.arguments]
         subject = Subject(service.environ, words, service.chain, smtpd)
         if service.run:

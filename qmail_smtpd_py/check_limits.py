@@ -23,7 +23,7 @@ LISTENER_NEEDS = 48
 """The same in MB for a worker of qmail-smtpd-listen with TLS: docs/listener.md."""
 
 _SMALLEST_DATABYTES = 10000
-_SECONDS = ("timeout", "session", "greeting_delay")
+_UNITS = {"timeout": " s", "session": " s", "least_rate": " octets/s", "greeting_delay": " s"}
 
 
 def examine(subject: Subject, trial: Trial, report: Report) -> None:
@@ -34,16 +34,18 @@ def examine(subject: Subject, trial: Trial, report: Report) -> None:
     values = {name: getattr(limits, name) for name in limits.__slots__}
     values = {"databytes": settings.databytes, "timeout": server.timeout, **values}
     values["session"] = server.longest_session
+    values["least_rate"] = server.pace.rate
     values["greeting_delay"] = server.greeting_delay
     words = {name: name.replace("_", " ") for name in values}
     told = [
-        f"{words[name]} {number}{' s' if name in _SECONDS else ''}"
-        for name, number in values.items()
-        if number
+        f"{words[name]} {number}{_UNITS.get(name, '')}" for name, number in values.items() if number
     ]
     none = [words[name] for name, number in values.items() if not number]
     text = ", ".join(told) + (f"; none: {', '.join(none)}" if none else "")
-    report.fact("limits", text, **values)
+    drops = server.drops_early_talkers
+    if server.greeting_delay:
+        text += f"; who speaks before the greeting is {'turned away' if drops else 'only logged'}"
+    report.fact("limits", text, **values, drops_early_talkers=drops)
     if 0 < settings.databytes < _SMALLEST_DATABYTES:
         what = f"databytes is {settings.databytes}: hardly any message is that small"
         report.warning("databytes", what, "it is in octets: 10000000 are 10 MB; 0 is no limit")

@@ -136,7 +136,8 @@ def _tell_of_rules(subject: Subject, report: Report) -> None:
     relays = [key for key, sets in found if sets is not None and b"RELAYCLIENT" in sets]
     denied = sum(sets is None for _, sets in found)
     default = "are turned away" if subject.default_rule is None else "may connect"
-    text = f"{path}: {counted(len(found), 'rule')}, {denied} of which deny; all others {default}"
+    deny = f"{denied} of which {'denies' if denied == 1 else 'deny'}"
+    text = f"{path}: {counted(len(found), 'rule')}, {deny}; all others {default}"
     report.fact("rules", text, rules=len(found))
     report.fact(
         "relaying", " ".join(key or ":" for key in relays) or "no address", addresses=relays

@@ -119,10 +119,10 @@ class Pace:
     runs out of time.
     """
 
-    __slots__ = ("_octets", "_rate", "_seconds", "_window")
+    __slots__ = ("_octets", "_seconds", "_window", "rate")
 
     def __init__(self, rate: int, window: float) -> None:
-        self._rate = rate
+        self.rate = rate
         self._window = window
         self._octets = 0
         self._seconds = 0.0
@@ -138,6 +138,6 @@ class Pace:
         self._seconds += seconds
         if self._seconds < self._window:
             return True
-        is_enough = self._octets >= self._rate * self._seconds
+        is_enough = self._octets >= self.rate * self._seconds
         self._octets, self._seconds = 0, 0.0
         return is_enough

@@ -61,15 +61,15 @@ _MISSING_RIGHT = re.compile(r"(control/\S+?): (Permission denied)")
 
 def explain(why: str, report: Report) -> None:
     """Put the problem that an error line tells of into the report."""
+    tell = report.warning if _GOES_ON.search(why) else report.error
     unreadable = _UNREADABLE.search(why) or _MISSING_RIGHT.search(why)
     if unreadable and "memory" not in why:
         name = unreadable[1]
         path = name if name.startswith(("/", "control/")) else f"control/{name}"
-        report.error("unreadable", why, remedy_for_reading(path), obstacle(path))
+        tell("unreadable", why, remedy_for_reading(path), obstacle(path))
         return
     for pattern, code, remedy in _REMEDIES:
         if re.search(pattern, why):
-            tell = report.warning if _GOES_ON.search(why) else report.error
             tell(code, why, remedy)
             return
     report.error("program", why, "docs/log.md has the causes of what the log says")

@@ -39,7 +39,11 @@ _HARMLESS = {
 _EXPORTED = ("PATH", "HOME", "USER", "SHELL", "LANG", "TZ")
 """What init exports already: sh exports a variable that came with the environment again."""
 
-_SHELLS = ("sh", "bash", "dash", "ksh")
+_SETS_ANYTHING = (".", "source", "eval")
+"""Commands that may set variables whose names do not stand in the script."""
+
+_USE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+"""A variable that is used, and neither set nor tested."""
 
 _LARGEST = 65536  # octets of a file that is read for `cat` or `head`
 
@@ -50,7 +54,7 @@ class RunFile:
     `environ` is what it exports, `chain` the programs that it ends in.  `unexported` are variables
     that are set and not exported, with their line, their value, and whether the script uses them;
     `notes` what was not understood; `missing_users` whom `id` would not find; `has_joined_log`
-    whether descriptor 2 goes to the log (`2>&1`).
+    whether descriptor 2 goes to the log (`2>&1`); `made_directories` those that the script makes.
     """
 
     def __init__(self, script: str, directory: str) -> None:
@@ -60,6 +64,9 @@ class RunFile:
         self.unexported: list[tuple[int, str, str, bool]] = []
         self.missing_users: list[str] = []
         self.has_joined_log = False
+        self.made_directories: set[str] = set()
+        self._named: set[str] = set()
+        self._sets_anything = False
         self._variables: dict[str, str | None] = {}
         self._set_at: dict[str, int] = {}
         self._exports_all = False
@@ -79,8 +86,19 @@ class RunFile:
         if note not in self.notes:
             self.notes.append(note)
 
+    def never_set(self, word: str) -> list[str]:
+        """The variables in a word, as it is written, that nothing in the script can have set."""
+        if self._sets_anything or self.chain.has_gap:
+            return []
+        names = [plain or braced for plain, braced in _USE.findall(word)]
+        return [name for name in names if name not in self._named]
+
     def _follow(self, commands: Sequence[Command]) -> None:
         """Go through the commands as sh would, for as long as it is clear what it would do."""
+        for command in commands:
+            self._sets_anything = self._sets_anything or _name(command) in _SETS_ANYTHING
+            for word in command.words:
+                self._named.update(re.findall(r"\w+", _USE.sub("", word.source)))
         at = 0
         while at < len(commands) and not self._is_over:
             command = commands[at]
@@ -108,6 +126,8 @@ class RunFile:
 
     def _pass_over(self, commands: Sequence[Command]) -> None:
         """Leave out commands that may or may not be run; what they would set is not known."""
+        for command in commands:
+            self._heed_mkdir(command)
         odd = [command for command in commands if not _is_harmless(command)]
         if odd:
             words = " ".join(word.source for word in commands[0].words[:6])
@@ -120,6 +140,7 @@ class RunFile:
 
     def _obey(self, command: Command) -> None:
         """Do what a command would do to what is started."""
+        self._heed_mkdir(command)
         assigned, words = self._split(command)
         name = words[0].literal if words else None
         if name in ("export", "readonly", "unset", "set"):
@@ -205,18 +226,37 @@ class RunFile:
         replaces_shell = texts[0] == "exec"
         texts = texts[1:] if replaces_shell else texts
         environ = {**self.environ, **{k: v for k, v in assigned.items() if v is not None}}
-        if os.path.basename(texts[0]) in _SHELLS and texts[1:2] == ["-c"] and len(texts) > 2:
-            self._join(command)
-            self._follow(shellwords.parse(texts[2]))
-        elif self.chain.follow(texts, environ):
+        if self.chain.follow(texts, environ):
             self.environ = environ
             self._join(command)
             self._is_over = True
+        elif self.chain.script is not None:
+            self._join(command)
+            self._follow_shell(self.chain.script, environ)
         elif replaces_shell:
             self._note(f"`exec {texts[0]}` ends the script, and no qmail-smtpd was found behind it")
             self._is_over = True
         else:
             self._note(f"what `{texts[0]}` does is not known")
+
+    def _follow_shell(self, script: str, environ: dict[str, str]) -> None:
+        """A shell with a script of its own; what that sets is gone with it."""
+        self.chain.script = None
+        before, self.environ = self.environ, environ
+        self._follow(shellwords.parse(script))
+        if not self._is_over:
+            self.environ = before
+
+    def _heed_mkdir(self, command: Command) -> None:
+        """Keep the names of directories that are made, whether or not it is clear that they are."""
+        if _name(command) not in ("mkdir", "install"):
+            return
+        for word in command.words[1:]:
+            pieces = [self._part(part) for part in word.parts]
+            path = "".join(piece or "" for piece in pieces)
+            if None not in pieces and not path.startswith("-"):
+                path = os.path.join(self.chain.directory, path)
+                self.made_directories.add(os.path.normpath(path))
 
     # Words
 
@@ -235,7 +275,9 @@ class RunFile:
 
     def _texts(self, word: Word) -> list[str]:
         """The words that sh makes of one: what is not quoted is parted at blanks."""
-        text = self._text(word)
+        text = self._value(word)
+        if text is None:
+            return [word.source]
         if any(part.kind != shellwords.TEXT and not part.quoted for part in word.parts):
             return text.split()
         return [text]
@@ -282,11 +324,17 @@ def _first(command: Command) -> str | None:
     return command.words[0].literal if command.words else None
 
 
-def _is_harmless(command: Command) -> bool:
+def _name(command: Command) -> str | None:
+    """The same behind `then` and the like."""
     first = _first(command)
     if first in _BETWEEN and len(command.words) > 1:
         first = command.words[1].literal
-    return first is None or first in _HARMLESS or first in _OPENING
+    return first
+
+
+def _is_harmless(command: Command) -> bool:
+    name = _name(command)
+    return name is None or name in _HARMLESS or name in _OPENING
 
 
 def _end_of_block(commands: Sequence[Command], start: int) -> int:

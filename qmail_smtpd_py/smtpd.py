@@ -100,9 +100,14 @@ class Server(Effects):
         seconds = self._sources.number(b"SMTPD_GREETDELAY", "greetdelay", 0)
         return min(seconds, LONGEST_TIMEOUT)
 
+    @property
+    def drops_early_talkers(self) -> bool:
+        """Whether a client that can not wait for its greeting is turned away."""
+        return self._sources.number(b"DROP_PRE_GREET", "droppregreet", 0) > 0
+
     def turns_early_talker_away(self) -> bool:
-        """Whether a client that can not wait is turned away; the log is told of it anyway."""
-        is_dropped = self._sources.number(b"DROP_PRE_GREET", "droppregreet", 0) > 0
+        """The same of one that is there; the log is told of it anyway."""
+        is_dropped = self.drops_early_talkers
         code = reply.SPOKE_TOO_EARLY.code if is_dropped else None
         self.log("limit", {"code": code, "why": "spoke before the greeting"})
         return is_dropped

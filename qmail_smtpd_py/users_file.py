@@ -383,8 +383,10 @@ def _set(arguments: argparse.Namespace) -> None:
     user = User(name, PasswordHash.of(password), password if arguments.cram else None)
     change(arguments.file, lambda users: users.put(user))
     if is_new:
-        remedy = "let the group that qmail-smtpd runs with read it: chgrp GROUP and chmod 640"
-        print(f"made {arguments.file!a}, which only uid {os.geteuid()} can read; {remedy}")
+        file = f"{arguments.file!a}"
+        remedy = f"chgrp GROUP {file}; chmod 640 {file}"
+        why = "let the group that qmail-smtpd runs with read it"
+        print(f"made {file}, which only uid {os.geteuid()} can read; {why}: {remedy}")
 
 
 def _remove(arguments: argparse.Namespace) -> None:

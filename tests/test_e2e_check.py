@@ -157,6 +157,11 @@ def test_misuse(checked, arguments):
     assert "\nqmail-smtpd-check: " in f"\n{ended.stderr}"
 
 
+def test_help_has_each_exit_status(checked):
+    text = " ".join(checked.run("--help").stdout.split())
+    assert "1 for warnings, 2 for errors, 100 for wrong arguments" in text
+
+
 @with_tls
 @as_root
 def test_another_user_can_not_become_the_service(checked):
@@ -253,6 +258,8 @@ def test_limits_are_told(checked):
     assert found.codes == []
     limits = found.fact("limits")
     assert (limits["databytes"], limits["recipients"], limits["timeout"]) == (10000000, 77, 30)
+    assert limits["least_rate"] == 1
+    assert "least rate 1 octets/s" in limits["text"]
     assert found.fact("concurrency")["sessions"] == 9
 
 
@@ -329,6 +336,168 @@ def test_another_program_in_it(checked):
     other = checked.home.program("qmail-smtpd", "exit 1")
     problem = checked.find(program=other).only("other-program", "warning")
     assert str(other) in problem["what"]
+
+
+@pytest.mark.parametrize(
+    ("directory", "why"), [("/nonexistent", "is not there"), (".", "is not executable for uid")]
+)
+def test_program_that_can_not_be_started(checked, directory, why):
+    program = checked.home.program("qmail-smtpd", "exit 1")
+    program.chmod(0o644)
+    started = program if directory == "." else f"{directory}/qmail-smtpd"
+    problem = checked.find(program=started).only("run-file", "error")
+    assert problem["what"].startswith(f"the run file starts {started}, and {started} {why}")
+    assert f"what was checked is {checked.home.programs}/qmail-smtpd" in problem["remedy"]
+
+
+@as_root
+def test_program_that_only_root_can_reach(checked):
+    program = checked.home.program("qmail-smtpd", "exit 1")
+    program.parent.chmod(0o700)
+    found = checked.find(program=program)
+    assert "may not be entered" in found.problem("run-file")["what"]
+
+
+def write_run_file(checked, last, before=""):
+    """A run file with this last command; its path."""
+    run = checked.home.path / "run"
+    run.write_text(
+        f"#!/bin/sh\nexport QMAILHOME={checked.home.path}\n{before}\nexec {last} 2>&1\n"
+    )
+    return run
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("server", "follows_u", "follows_g"),
+    [
+        (
+            "tcpserver",
+            "tcpserver runs the service as root",
+            "tcpserver runs the service with the rights of group root",
+        ),
+        ("qmail-smtpd-listen", *["qmail-smtpd-listen does not start"] * 2),
+    ],
+)
+def test_ids_that_may_be_nothing(checked, server, follows_u, follows_g):
+    """As in a run file that was copied without the lines above its last one."""
+    listener = checked.home.programs / "qmail-smtpd-listen"
+    words = {"tcpserver": f"0 25 {checked.home.programs}/qmail-smtpd"}.get(server, "0 25")
+    server = listener if server == "qmail-smtpd-listen" else server
+    run = write_run_file(checked, f'{server} -u "$QMAILDUID" -g "$NOFILESGID" {words}')
+    found = checked.find("--env-from", run)
+    assert (found.status, found.codes) == (FAILED, ["no-user", "no-user"])
+    of_user, of_group = found.report["problems"]
+    sets = "nothing in the run file sets"
+    assert of_user["what"] == f"{sets} QMAILDUID; where it is empty, {follows_u}"
+    assert of_group["what"] == f"{sets} NOFILESGID; where it is empty, {follows_g}"
+    assert of_group["remedy"].startswith("NOFILESGID=$(id -g qmaild) || exit 1; or say --user")
+    assert checked.find("--env-from", run, "--user", mail_user().pw_name).codes == []
+
+
+@as_root
+def test_ids_of_an_environment_that_nothing_sets(checked):
+    run = write_run_file(checked, f"tcpserver -U 0 25 {checked.home.programs}/qmail-smtpd")
+    found = checked.find("--env-from", run)
+    assert found.codes == ["no-user", "no-user"]
+    assert "envuidgid qmaild in front of" in found.report["problems"][0]["remedy"]
+    name = mail_user().pw_name
+    run.write_text(run.read_text().replace("tcpserver", f"envuidgid {name} tcpserver"))
+    assert checked.find("--env-from", run).codes == []
+
+
+@as_root
+def test_ids_that_come_from_elsewhere_are_not_known(checked):
+    last = f"tcpserver -u $QMAILDUID -g 81 0 25 {checked.home.programs}/qmail-smtpd"
+    run = write_run_file(checked, last, before=". /etc/qmail.conf")
+    checked.find("--env-from", run).only("no-user", "warning")
+
+
+@as_root
+@pytest.mark.parametrize("value", ["qmaild", ""])
+def test_ids_that_are_no_numbers(checked, value):
+    last = f"tcpserver -u '{value}' -g 81 0 25 {checked.home.programs}/qmail-smtpd"
+    found = checked.find("--env-from", write_run_file(checked, last))
+    problem = found.only("no-user", "error")
+    assert problem["what"] == f"-u '{value}' is not a number: tcpserver runs the service as root"
+    assert problem["remedy"] == '-u "$(id -u qmaild)"'
+
+
+# A listener that does not start
+
+
+def write_listener(checked, words, before="", user="-u {0.pw_uid} -g {0.pw_gid}"):
+    """A run file with a listener that has these words; its path."""
+    ids = user.format(mail_user()) if os.getuid() == 0 else ""
+    last = f"{checked.home.programs}/qmail-smtpd-listen {ids} {words}"
+    return write_run_file(checked, last, before)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("--proxy-from=foo 0 25", "--proxy-from foo: "),
+        ("-v 0", "host and port are missing"),
+    ],
+)
+def test_command_line_of_a_listener(checked, words, why):
+    found = checked.find("--env-from", write_listener(checked, words))
+    problem = found.only("run-file", "error")
+    assert problem["what"].startswith(f"qmail-smtpd-listen does not start: {why}")
+    assert "qmail-smtpd-listen(8)" in problem["remedy"]
+
+
+def test_option_that_a_listener_does_not_have(checked):
+    found = checked.find("--env-from", write_listener(checked, "-Z 0 25"))
+    problem = found.problem("run-file")
+    assert problem["what"] == "qmail-smtpd-listen does not start: option -Z not recognized"
+    assert set(found.codes) <= {"run-file", "no-user"}
+
+
+@pytest.mark.parametrize(
+    "option", ["--helper={}/x", "--daemon --pid-file={}/x 0 25", "--daemon --log-file={}/x 0 25"]
+)
+def test_directory_that_is_not_there(checked, option):
+    directory = checked.home.path / "none"
+    run = write_listener(checked, option.format(directory))
+    problem = checked.find("--env-from", run).only("run-file", "error")
+    assert problem["what"].endswith(f"{directory}/x: {directory} is not there")
+    assert problem["remedy"] == f"mkdir -p {directory} || exit 1 in the run file"
+    run = write_listener(checked, option.format(directory), before=f"mkdir -p {directory}")
+    assert checked.find("--env-from", run).codes == []
+
+
+def test_directory_that_is_there(checked):
+    run = write_listener(checked, f"--helper={checked.home.writable('run.d')}/x")
+    assert checked.find("--env-from", run).codes == []
+
+
+def test_file_in_the_place_of_a_socket(checked):
+    path = checked.home.path / "socket"
+    path.write_text("")
+    run = write_listener(checked, f"--helper={path}")
+    problem = checked.find("--env-from", run).only("run-file", "error")
+    assert "it is there, and is no socket" in problem["what"]
+
+
+@as_root
+@pytest.mark.parametrize("option", ["--helper={}/x", "--daemon --pid-file={}/x 0 25"])
+def test_directory_that_the_listener_can_not_write(checked, option):
+    """As whom it starts: root, whatever -u says, or setuidgid's."""
+    directory = checked.home.path / "run.d"
+    directory.mkdir()
+    run = write_listener(checked, option.format(directory))
+    assert checked.find("--env-from", run).codes == []
+    run.write_text(run.read_text().replace("exec ", f"exec setuidgid {mail_user().pw_name} "))
+    problem = checked.find("--env-from", run).only("run-file", "error")
+    uid = mail_user().pw_uid
+    assert problem["what"].endswith(f"{directory} is not writable for uid {uid}")
+    assert problem["remedy"] == f"chown {uid} {directory}"
+    os.chown(directory, uid, -1)
+    assert checked.find("--env-from", run).codes == []
+
+
+# Whose rights
 
 
 @as_root
@@ -503,7 +672,7 @@ def test_rules(checked):
     found = checked.find(options=["-x", cdb])
     assert found.codes == []
     assert found.fact("rules")["rules"] == 3
-    assert "1 of which deny" in found.fact("rules")["text"]
+    assert "1 of which denies;" in found.fact("rules")["text"]
     assert found.fact("relaying")["addresses"] == ["127."]
 
 
@@ -741,3 +910,18 @@ def test_greeting_delay_is_waited_for_once(checked):
     found = checked.find()
     assert found.codes == []
     assert found.fact("limits")["greeting_delay"] == 1
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_early_talkers(checked, drops):
+    """What is said of them, where there is a greeting to be early for."""
+    found = checked.find(exports={"DROP_PRE_GREET": int(drops), "MINRATE": 50})
+    assert found.fact("limits")["drops_early_talkers"] is drops
+    assert "least rate 50 octets/s" in found.fact("limits")["text"]
+    assert "before the greeting" not in found.fact("limits")["text"]
+    checked.home.control("greetdelay", "1")
+    checked.home.control("droppregreet", str(int(drops)))
+    found = checked.find()
+    assert found.fact("limits")["drops_early_talkers"] is drops
+    end = "turned away" if drops else "only logged"
+    assert found.fact("limits")["text"].endswith(f"; who speaks before the greeting is {end}")

@@ -154,7 +154,8 @@ def test_a_list_that_nobody_takes(home, users):
 def test_set_makes_the_file(home, path):
     status, out, errors = tool(home, "set", "alice", "--stdin", password=b"sesame")
     assert (status, errors) == (0, b"")
-    assert b"chgrp" in out
+    file = repr(str(path)).encode()
+    assert out.endswith(b": chgrp GROUP %b; chmod 640 %b\n" % (file, file))
     assert path.stat().st_mode & 0o7777 == 0o600
     assert re.fullmatch(rb"alice:\$scrypt\$ln=14,r=8,p=5\$[^$:]+\$[^$:]+\n", path.read_bytes())
     assert accepts(home, b"alice", b"sesame")
