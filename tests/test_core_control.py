@@ -330,6 +330,26 @@ def test_an_address_without_domain_is_always_allowed(control: Path) -> None:
     assert not hosts.allows(b"user@")
 
 
+def test_a_domain_that_can_be_none_costs_no_more_than_one_that_can(
+    control: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each dot has a key behind it to hash; those that no domain has octets for are left out."""
+    (control / "rcpthosts").write_bytes(b"")
+    (control / "morercpthosts.cdb").write_bytes(make_cdb({b".example.org": b""}))
+    hashed: list[bytes] = []
+    original = cdb.cdb_hash
+    monkeypatch.setattr(cdb, "cdb_hash", lambda key: hashed.append(key) or original(key))
+    hosts = RcptHosts(ControlFiles())
+    try:
+        assert not hosts.allows(b"u@" + b"." * 890)
+        assert sum(map(len, hashed)) <= 255 * 256 // 2
+        for length in (255, 256, 890):
+            assert hosts.allows(b"u@" + (b"a." * 450 + b"a.example.org")[-length:])
+        assert max(map(len, hashed)) == 255
+    finally:
+        hosts.close()
+
+
 def test_close_gives_the_descriptor_back(control: Path) -> None:
     (control / "rcpthosts").write_bytes(b"")
     (control / "morercpthosts.cdb").write_bytes(make_cdb({}))
@@ -411,10 +431,25 @@ def test_a_large_cdb_is_not_read_into_memory(database: Callable[[bytes], int]) -
     tracemalloc.start()
     assert cdb.find(descriptor, b"small") == b"data"
     assert cdb.find(descriptor, b"missing") is None
+    assert cdb.has(descriptor, b"large")
+    assert not cdb.has(descriptor, b"missing")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     os.close(descriptor)
     assert peak < 10_000
+
+
+def test_a_damaged_length_asks_for_no_memory(database: Callable[[bytes], int]) -> None:
+    whole = make_cdb({b"key": b"data"})
+    for length in (5000, 0x7FFFFFFF, 0xFFFFFFFF):
+        descriptor = database(whole[:2052] + length.to_bytes(4, "little") + whole[2056:])
+        tracemalloc.start()
+        with pytest.raises(cdb.CdbError, match="cut off"):
+            cdb.find(descriptor, b"key")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        os.close(descriptor)
+        assert peak < 10_000
 
 
 # badmailfrom
