@@ -75,7 +75,7 @@ class Rules:
             os.close(self._descriptor)
             self._descriptor = self._signature = None
         try:
-            self._descriptor = os.open(self._path, os.O_RDONLY)
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
             self._signature = seen
         except OSError as error:
             if self._optional and isinstance(error, FileNotFoundError):

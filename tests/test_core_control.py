@@ -101,6 +101,36 @@ def test_what_can_not_be_read_says_which_file_and_why(control: Path, files: Cont
         files.line("me")
 
 
+@pytest.mark.parametrize("has_writer", [False, True])
+def test_a_named_pipe_is_no_empty_file_and_nobody_waits_for_its_writer(
+    control: Path, files: ControlFiles, has_writer: bool
+) -> None:
+    words = r"^cannot read control/{}: not a file \(uid \d+\)$"
+    for name in ("me", "morercpthosts.cdb"):
+        os.mkfifo(control / name)
+    (control / "rcpthosts").touch()
+    writer = os.open(control / "me", os.O_RDWR) if has_writer else None
+    try:
+        with pytest.raises(ControlError, match=words.format("me")):
+            files.line("me")
+        hosts = RcptHosts(files)
+        with pytest.raises(ControlError, match=words.format("morercpthosts.cdb")):
+            hosts.allows(b"user@example.org")
+        hosts.close()
+    finally:
+        if writer is not None:
+            os.close(writer)
+
+
+def test_a_control_directory_that_is_none_is_no_default(control: Path, files: ControlFiles) -> None:
+    """Only a file that is not there is one (ENOENT), and not every path that leads nowhere."""
+    control.rmdir()
+    control.touch()
+    for use in (files.line, files.list, files.open, files.is_readable):
+        with pytest.raises(ControlError, match=r"^cannot read control/rcpthosts: Not a directory"):
+            use("rcpthosts")
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 def test_what_may_not_be_read_says_who_may_not(control: Path, files: ControlFiles) -> None:
     (control / "me").touch(mode=0o600)
@@ -112,6 +142,17 @@ def test_what_may_not_be_read_says_who_may_not(control: Path, files: ControlFile
     finally:
         os.seteuid(0)
     assert str(caught.value) == f"cannot read control/me: Permission denied (uid {NOBODY})"
+
+
+def test_an_empty_device_is_an_empty_file(control: Path, files: ControlFiles) -> None:
+    (control / "rcpthosts").symlink_to("/dev/null")
+    assert files.list("rcpthosts") == []
+
+
+def test_a_file_of_any_size_is_read_whole(control: Path, files: ControlFiles) -> None:
+    entries = [b"%d.example.org" % number for number in range(20_000)]
+    (control / "rcpthosts").write_bytes(b"\n".join(entries))
+    assert files.list("rcpthosts") == entries
 
 
 def test_files_are_not_left_open(control: Path, files: ControlFiles) -> None:

@@ -478,6 +478,38 @@ def test_a_certificate_that_may_not_be_read_is_not_advertised(open_stage: Stage)
     assert "control/servercert.pem: Permission denied" in line.fields["why"]
 
 
+@pytest.mark.parametrize("name", ["me", "rcpthosts"])
+def test_a_named_pipe_holds_nobody_up(open_stage: Stage, name: str) -> None:
+    open_stage.control({other: text for other, text in CONTROL_FILES.items() if other != name})
+    os.mkfifo(open_stage.home / "control" / name)
+    with Program(open_stage) as program:
+        assert program.client.read_to_end() == b"421 unable to read controls (#4.3.0)\r\n"
+        assert program.wait() == 1
+    (line,) = logs.read_all(program.log)
+    assert line.fields["why"] == f"cannot read control/{name}: not a file (uid {os.geteuid()})"
+
+
+@pytest.mark.tls
+@pytest.mark.parametrize("has_writer", [False, True])
+def test_a_certificate_that_is_a_named_pipe_holds_nobody_up(
+    open_stage: Stage, has_writer: bool
+) -> None:
+    open_stage.control(CONTROL_FILES)
+    path = open_stage.home / "control" / "servercert.pem"
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR) if has_writer else None
+    try:
+        with Program(open_stage) as program:
+            client = program.client
+            assert client.reply() == "220 mx.example.org ESMTP"
+            answer = client.command(b"STARTTLS")
+            assert answer == "454 TLS missing certificate: not a file (#4.3.0)"
+            assert client.command(b"QUIT") == "221 mx.example.org"
+    finally:
+        if writer is not None:
+            os.close(writer)
+
+
 @as_root
 def test_control_files_that_everybody_may_read_will_do(open_stage: Stage) -> None:
     open_stage.control(CONTROL_FILES)
