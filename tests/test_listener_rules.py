@@ -13,7 +13,7 @@ from e2e.programs import need
 from listener.listening import PATIENCE
 from listener.peers import compile_rules
 
-from qmail_smtpd_py.tcprules import Rules, RulesError, addresses
+from qmail_smtpd_py.tcprules import Rules, RulesError, addresses, instructions
 
 Client = tuple[str, Optional[str], Optional[str]]
 """Its address, its name and its user; None for what is not known."""
@@ -152,6 +152,10 @@ def test_a_named_pipe_turns_away_and_holds_nobody_up(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(RulesError, match=r"cannot use .*rules\.cdb"):
         ours(Rules(str(path)), ("192.0.2.25", None, None))
+
+
+def test_a_variable_without_a_name_is_none() -> None:
+    assert instructions(b"+=x\0+NAME=y\0+\0") == {b"NAME": b"y"}
 
 
 def test_the_rules_before_are_not_left_open(tmp_path: Path) -> None:

@@ -218,6 +218,31 @@ def test_a_qmail_queue_that_is_slow_to_read_slows_the_client_down_and_fills_no_m
     assert re.search(rb"(?m)^100001\d\d$", program.log)
 
 
+def test_a_qmail_queue_that_is_slow_to_give_up_is_no_zombie_for_ever(host: Stage) -> None:
+    """The next message sees that it has ended."""
+    path = host.tools / "slow-queue"
+    path.write_text(
+        "#!/bin/sh\ncat <&0 >/dev/null\ncat <&1 >/dev/null\n"
+        "[ -e $0.ran ] || { : >$0.ran; read -r line <$0.end; }\n"
+    )
+    path.chmod(0o755)
+    os.mkfifo(f"{path}.end")
+    host.environment({"QMAILQUEUE": str(path)})
+    with Program(host) as program:
+        client = greeted(program)
+        begin_message(client)
+        client.send(b"Received: x\r\n" * 100 + b".\r\n")
+        assert client.reply() == "554 too many hops, this message is looping (#5.4.6)"
+        (slow,) = program.children
+        Path(f"{path}.end").write_text("now\n")
+        while ") Z " not in Path(f"/proc/{slow}/stat").read_text():
+            time.sleep(0.01)
+        begin_message(client)
+        client.send(b"x\r\n.\r\n")
+        assert (client.reply() or "").startswith("250 ok ")
+        assert program.children == []
+
+
 def test_no_child_is_left_whatever_became_of_it(host: Stage) -> None:
     host.plan("qmail-queue", [{"exit": 0}, {"exit": 53}, {"signal": 9}, {"exit": 0, "read": False}])
     host.plan("checkpassword", [{"exit": 111}, {"signal": 9}, {"exit": 0}])
@@ -318,6 +343,18 @@ def test_the_interpreter_puts_nothing_into_the_environment(host: Stage) -> None:
         assert (client.reply() or "").startswith("250 ok ")
     names = {line.partition("=")[0] for line in (host.tools / "environ").read_text().splitlines()}
     assert names - {"PWD", "OLDPWD", "SHLVL", "_"} == set(host.env)
+
+
+def test_a_variable_without_a_name_is_not_handed_on(host: Stage) -> None:
+    """No process could be started with it by posix_spawn."""
+    with Program(host, command=["/usr/bin/env", "=x", *under_test()]) as program:
+        client = greeted(program)
+        assert client.command(b"AUTH PLAIN AGpvZQBzZWNyZXQ=") == "235 ok, go ahead (#2.0.0)"
+        begin_message(client)
+        client.send(b"x\r\n.\r\n")
+        assert (client.reply() or "").startswith("250 ok ")
+    (check,), (delivery,) = host.checks(), host.deliveries()
+    assert "" not in {*check.environ, *delivery.environ}
 
 
 def in_shell(words: str) -> list[str]:
