@@ -90,6 +90,20 @@ def test_many_small_lines_need_memory_for_one_piece_of_them() -> None:
     assert peak_of(lambda: send(20)) < 2 * peak_of(lambda: send(1))
 
 
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_qmail_queue_gets_nothing_beyond_databytes(size: int) -> None:
+    """Its disk is not to be filled by what will be refused."""
+    session, world = open_session(databytes=50)
+    session.receive(IN_A_MESSAGE)
+    (queue,) = world.queues
+    trace_field = len(queue.message)
+    said = b"".join(session.receive(b"x" * size) for _ in range(200))
+    said += session.receive(b"\r\n.\r\n")
+    assert said == b"552 sorry, that message size exceeds my databytes limit (#5.3.4)\r\n"
+    assert len(queue.message) - trace_field <= 50
+    assert queue.envelope == b""
+
+
 def test_recipients_are_bounded() -> None:
     session, _ = open_session()
     session.receive(b"MAIL FROM:<>\r\n")
@@ -155,6 +169,24 @@ def test_tls_is_not_offered_under_tls() -> None:
     session.receive(b"STARTTLS\r\n")
     session.tls_started(b"CIPHER")
     assert b"STARTTLS" not in session.receive(b"EHLO x\r\n")
+
+
+def test_the_client_certificate_is_asked_for_once_in_a_session() -> None:
+    """It costs a look into the list, and its answer can be no other."""
+    session, world = open_session()
+    asked: list[int] = []
+
+    def certified_client() -> tuple[bytes | None, bytes]:
+        asked.append(1)
+        return None, b"certificate has expired"
+
+    world.certified_client = certified_client  # type: ignore[method-assign]
+    session.receive(b"STARTTLS\r\n")
+    session.tls_started(b"CIPHER")
+    for _ in range(3):
+        said = session.receive(b"MAIL FROM:<>\r\n" + b"RCPT TO:<u@elsewhere.example>\r\n" * 2)
+        assert [code for code in grammar.codes(said) if code == 553] == [553, 553]
+    assert asked == [1]
 
 
 # AUTH
