@@ -24,6 +24,22 @@ def cdb_hash(key: bytes) -> int:
 
 def find(descriptor: int, key: bytes) -> bytes | None:
     """The first data under the key, or None; raises CdbError, or OSError where reading fails."""
+    place = _place(descriptor, key)
+    if place is None:
+        return None
+    position, length = place
+    if length > os.fstat(descriptor).st_size:  # it would ask for so much memory first
+        raise CdbError("the file is cut off")
+    return _read(descriptor, position, length)
+
+
+def has(descriptor: int, key: bytes) -> bool:
+    """Whether something is stored under the key; raises what `find` does.  Data are not read."""
+    return _place(descriptor, key) is not None
+
+
+def _place(descriptor: int, key: bytes) -> tuple[int, int] | None:
+    """The position and the length of the first data under the key, or None."""
     value = cdb_hash(key)
     table, slots = _pair(descriptor, (value & 255) * 8)
     for number in range(slots):
@@ -34,7 +50,7 @@ def find(descriptor: int, key: bytes) -> bytes | None:
         if slot_hash == value:
             key_length, data_length = _pair(descriptor, record)
             if key_length == len(key) and _read(descriptor, record + 8, key_length) == key:
-                return _read(descriptor, record + 8 + key_length, data_length)
+                return record + 8 + key_length, data_length
     return None
 
 

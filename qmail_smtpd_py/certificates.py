@@ -13,7 +13,9 @@ Only the bindings that pyOpenSSL is made of are imported here, and they late.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,11 +83,18 @@ def check(path: str = SERVER_CERTIFICATE) -> None:
 
 def _read(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not a file")
             return file.read()
     except OSError as error:
         who = f" (uid {os.geteuid()})"
         raise Unavailable(path, _NO_CERTIFICATE, str(error.strerror), who) from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file, and a named pipe without waiting for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _check_pair(path: str, text: bytes) -> None:

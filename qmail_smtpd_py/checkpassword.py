@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import posix as os  # cheaper at start: see launcher.py
 import time
+from _signal import SIGPIPE, SIGXFSZ  # type: ignore[import-not-found]  # signal, without its enums
 
 from . import reply
 
@@ -25,7 +26,7 @@ TEMPORARY_FAILURE = 111  # checkpassword's interface: trouble, not a wrong passw
 FAILURE_DELAY = 5.0
 """Seconds before a refusal is told, against guessing."""
 
-_RESET_SIGNALS = (13, 25)  # SIGPIPE and SIGXFSZ, which the interpreter ignores
+_RESET_SIGNALS = (SIGPIPE, SIGXFSZ)  # which the interpreter ignores
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.0005, 0.02  # seconds between looks at the child
 
 
@@ -112,9 +113,12 @@ def _start(arguments: Sequence[bytes], descriptor: int, environ: Mapping[bytes, 
         (os.POSIX_SPAWN_DUP2, 2, 1),
         (os.POSIX_SPAWN_DUP2, descriptor, 3),
     ]
-    return os.posix_spawnp(
-        arguments[0], list(arguments), environ, file_actions=actions, setsigdef=_RESET_SIGNALS
-    )
+    try:
+        return os.posix_spawnp(
+            arguments[0], list(arguments), environ, file_actions=actions, setsigdef=_RESET_SIGNALS
+        )
+    except ValueError as error:  # an environment that no process can have
+        raise OSError(0, str(error)) from None
 
 
 def _write(descriptor: int, text: bytes, deadline: float) -> None:

@@ -84,9 +84,13 @@ class ControlFiles:
         return self.load(name, entries)
 
     def open(self, name: str) -> int | None:
-        """A descriptor for the caller, or None if there is no such file; raises ControlError."""
+        """A descriptor for the caller, or None if there is no such file; raises ControlError.
+
+        It is to be read with pread(2): a named pipe, whose writer nobody waits for (qmail's
+        open_read does not either), fails then, where read(2) would have it for an empty file.
+        """
         try:
-            return os.open(DIRECTORY + name, os.O_RDONLY)
+            return os.open(DIRECTORY + name, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -217,11 +221,16 @@ def signature(path: str) -> Signature | None:
 
 def unusable(name: str, error: OSError) -> ControlError:
     """What to tell of a control file that the operating system would not let us use."""
-    return ControlError(f"cannot read {DIRECTORY}{name}: {error.strerror} (uid {os.geteuid()})")
+    why = "not a file" if error.errno == _ESPIPE else error.strerror
+    return ControlError(f"cannot read {DIRECTORY}{name}: {why} (uid {os.geteuid()})")
+
+
+_ESPIPE = 29  # pread(2) on a pipe; errno would be one more module at start
 
 
 def _read_all(descriptor: int) -> bytes:
-    pieces = []
-    while piece := os.read(descriptor, 65536):
+    pieces, position = [], 0
+    while piece := os.pread(descriptor, 65536, position):
         pieces.append(piece)
+        position += len(piece)
     return b"".join(pieces)

@@ -25,6 +25,7 @@ _PLAIN = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:
 _PRINTABLE = bytes(range(32, 127))
 _TO_PRINTABLE = bytes(octet if octet in _PRINTABLE else ord("?") for octet in range(256))
 _QUOTABLE = _PRINTABLE.translate(None, b'"\\')
+_CODING = "utf-8", "backslashreplace"
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 
 
@@ -33,7 +34,7 @@ def format_line(event: str, fields: Mapping[str, object]) -> bytes:
     words = [b"qmail-smtpd[%d]: %s" % (os.getpid(), event.encode())]
     for key, value in fields.items():
         if value is not None:
-            octets = value if type(value) is bytes else _octets(value)
+            octets = value if type(value) is bytes else str(value).encode(*_CODING)
             words.append(b"%s=%s" % (key.encode(), _escape(octets)))
     line = b" ".join(words)
     return line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + b'..."'
@@ -73,12 +74,6 @@ def where(error: BaseException) -> str:
         return type(error).__name__
     file = trace.tb_frame.f_code.co_filename.rpartition("/")[2]
     return f"{type(error).__name__} at {file} line {trace.tb_lineno}"
-
-
-def _octets(value: object) -> bytes:
-    if isinstance(value, list):
-        return b",".join(value)
-    return str(value).encode("utf-8", "backslashreplace")
 
 
 def _escape(value: bytes) -> bytes:

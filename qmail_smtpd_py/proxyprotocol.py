@@ -103,6 +103,8 @@ def _read_v1(connection: Socket, deadline: float) -> Addresses | None:
     if words[1] == "UNKNOWN":
         return None
     try:
+        if b"%" in line:  # a zone (RFC 4007 section 11), which has no meaning to another host
+            raise ValueError
         family, source, destination, *ports = words[1:]
         source_port, destination_port = map(_port, ports)
         ends = ipaddress.ip_address(source), ipaddress.ip_address(destination)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import posix as os  # cheaper at start: see launcher.py
 import time
+from _signal import SIGPIPE, SIGXFSZ  # type: ignore[import-not-found]  # signal, without its enums
 
 from . import effects
 from .reply import Reply
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 DEFAULT_PROGRAM = b"bin/qmail-queue"
 
@@ -68,7 +69,7 @@ TEMPORARY = Reply(451, b"qq temporary problem (#4.3.0)")
 _READ_ERROR = 54
 _CANNOT_EXEC = 120
 
-_RESET_SIGNALS = (13, 25)  # SIGPIPE and SIGXFSZ, which the interpreter ignores
+_RESET_SIGNALS = (SIGPIPE, SIGXFSZ)  # which the interpreter ignores
 
 _PIECE = 32768
 _REAP_SECONDS = 1.0
@@ -101,13 +102,16 @@ def reply_of(text: bytes) -> Reply | None:
 
 
 def open_delivery(
-    program: bytes, environ: Mapping[bytes, bytes], with_text: bool = False
+    program: bytes, environ: Mapping[bytes, bytes], left: list[int], with_text: bool = False
 ) -> QueueDelivery | None:
     """Start qmail-queue, `with_text` with the pipe for a text; None where pipes or processes are
     short.
 
     A program that can not be executed is told of at the end, as if it had been and had exited 120.
+    `left` are the process ids of those that were given up and had not ended by then.  It is the
+    caller's, as they may outlive the session, and is kept up here.
     """
+    left[:] = [pid for pid in left if not _has_ended(pid)]
     ends = _pipes(with_text)
     if ends is None:
         return None
@@ -117,15 +121,13 @@ def open_delivery(
         actions += [(os.POSIX_SPAWN_DUP2, text[1], number) for number in _TEXT_DESCRIPTORS]
     trouble = None
     try:
-        pid = os.posix_spawn(
-            program, [program], environ, file_actions=actions, setsigdef=_RESET_SIGNALS
-        )
+        pid = _start(program, environ, actions)
     except OSError as error:
         pid, trouble = 0, error
     finally:
         _close(message_out, envelope_out, *text[1:])
-    delivery = QueueDelivery(pid, message_in, envelope_in, trouble, *text[:1])
-    if isinstance(trouble, (BlockingIOError, MemoryError)):
+    delivery = QueueDelivery(pid, message_in, envelope_in, trouble, left, *text[:1])
+    if isinstance(trouble, BlockingIOError):  # EAGAIN of fork(2)
         delivery.cancel()
         return None
     return delivery
@@ -148,6 +150,22 @@ def _pipes(with_text: bool) -> list[int] | None:
     return ends
 
 
+def _start(
+    program: bytes, environ: Mapping[bytes, bytes], actions: Sequence[tuple[int, ...]]
+) -> int:
+    try:
+        return os.posix_spawn(
+            program, [program], environ, file_actions=actions, setsigdef=_RESET_SIGNALS
+        )
+    except ValueError as error:  # an environment that no process can have
+        raise OSError(0, str(error)) from None
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended; if so, it is no zombie any more."""
+    return os.waitpid(pid, os.WNOHANG)[0] == pid
+
+
 def _close(*descriptors: int) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
@@ -159,7 +177,10 @@ class QueueDelivery(effects.Delivery):
     `trouble` is why it could not be started, or None.
     """
 
-    __slots__ = ("_envelope", "_failed", "_message", "_pieces", "_size", "_text", "pid", "trouble")
+    __slots__ = (
+        *("_envelope", "_failed", "_left", "_message", "_pieces", "_size", "_text"),
+        *("pid", "trouble"),
+    )
 
     def __init__(
         self,
@@ -167,10 +188,12 @@ class QueueDelivery(effects.Delivery):
         message: int,
         envelope: int,
         trouble: OSError | None,
+        left: list[int],
         text: int | None = None,
     ) -> None:
         self.pid = pid
         self.trouble = trouble
+        self._left = left
         self._message = message
         self._envelope = envelope
         self._text = text
@@ -229,13 +252,15 @@ class QueueDelivery(effects.Delivery):
     def cancel(self) -> None:
         """Give up: qmail-queue finds no envelope, removes what it has and exits.
 
-        It is waited for, lest it stay as a zombie, but not for long: nobody needs its status.
+        It is waited for, lest it stay as a zombie, but not for long: nobody needs its status, and
+        the next delivery will look again.
         """
         _close(self._message, self._envelope)
         self._pieces.clear()
         deadline = time.monotonic() + _REAP_SECONDS
-        while self.pid and not os.waitpid(self.pid, os.WNOHANG)[0]:
+        while self.pid and not _has_ended(self.pid):
             if time.monotonic() > deadline:
+                self._left.append(self.pid)
                 break
             time.sleep(0.002)
         self._read_text()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posix as os  # cheaper at start: see launcher.py
 
-from .cdb import CdbError, find
+from .cdb import CdbError, has
 from .control import entries, unusable
 from .effects import ControlError
 from .path import domain_of
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .control import ControlFiles
 
 _MORE = "morercpthosts.cdb"
+
+_LONGEST_DOMAIN = 255  # octets (RFC 1035 section 2.3.4)
 
 
 class RcptHosts:
@@ -37,7 +39,10 @@ class RcptHosts:
         keys = _keys_for(domain.lower())
         if not self._domains.isdisjoint(keys):
             return True
-        return self._more is not None and any(_is_in_more(self._more, key) for key in keys)
+        if self._more is None:
+            return False
+        # No domain is longer; to hash what is would make work, the more dots there are.
+        return any(_is_in_more(self._more, key) for key in keys if len(key) <= _LONGEST_DOMAIN)
 
     def close(self) -> None:
         """Close morercpthosts.cdb."""
@@ -59,7 +64,7 @@ def _keys_for(domain: bytes) -> list[bytes]:
 
 def _is_in_more(descriptor: int, key: bytes) -> bool:
     try:
-        return find(descriptor, key) is not None
+        return has(descriptor, key)
     except OSError as error:
         raise unusable(_MORE, error) from None
     except CdbError as error:

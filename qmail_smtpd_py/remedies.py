@@ -85,8 +85,8 @@ def remedy_for_reading(path: str) -> str:
         if path.endswith(".cdb"):
             return f"tcprules {path} {path}.tmp < {path.removesuffix('.cdb')}"
         return f"make {whole}, or take its name out"
-    if os.path.isdir(path):
-        return f"{whole} is a directory: put a file in its place"
+    if not os.path.isfile(path):
+        return f"{whole} is not a file: put one in its place"
     if _SECRET.search(path):
         return remedy_for_a_secret(whole)
     return f"chmod a+r {whole}"

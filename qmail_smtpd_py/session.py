@@ -212,7 +212,7 @@ class Session:
         return None if self._transaction else reply.MAIL_FIRST
 
     def _check_rcpt(self) -> Reply | None:
-        return None if self._transaction and self._transaction.recipients else reply.RCPT_FIRST
+        return None if self._transaction and self._transaction.count else reply.RCPT_FIRST
 
     def _address(self, argument: bytes) -> bytes:
         """The address in an argument; raises PathError."""

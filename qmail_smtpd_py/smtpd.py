@@ -42,14 +42,16 @@ AUTH_FAILURES, AUTH_FAILURES_PERIOD = 30, 3600
 
 class Resources:
     """What a process keeps from one connection to the next: how it reads control files, and where
-    there is more than one connection, TLS contexts.
+    there is more than one connection, TLS contexts; and which qmail-queues it has given up that may
+    not have ended yet.
     """
 
-    __slots__ = ("_home", "contexts", "files")
+    __slots__ = ("_home", "contexts", "files", "left_queues")
 
     def __init__(self, files: ControlFiles, contexts: CachedContexts | None = None) -> None:
         self.files = files
         self.contexts = contexts
+        self.left_queues: list[int] = []
         self._home: bytes | None = None
 
     def go_home(self, home: bytes) -> None:
@@ -77,6 +79,7 @@ class Server(Effects):
     ) -> None:
         files = self._files = resources.files
         self._contexts = resources.contexts
+        self._left_queues = resources.left_queues
         self._environ = environ
         self._arguments = arguments
         self.connection = Connection(environ)
@@ -175,7 +178,7 @@ class Server(Effects):
         chosen = self._environ.get(b"QMAILQUEUE_CUSTOM_ERROR")
         with_text = chosen != b"0" if chosen else qmail_queue.writes_text(program)
         environ = self._child_environ(identity)
-        delivery = qmail_queue.open_delivery(program, environ, with_text)
+        delivery = qmail_queue.open_delivery(program, environ, self._left_queues, with_text)
         if delivery is None:
             self.log("error", {"why": "no descriptors or processes for qmail-queue"})
         elif delivery.trouble:
@@ -397,6 +400,7 @@ def environment() -> dict[bytes, bytes]:
     In the C locale the interpreter adds LC_CTYPE of its own accord (PEP 538).
     """
     environ = dict(os.environ)
+    environ.pop(b"", None)  # no process can be started with it
     if environ.get(b"LC_CTYPE") == b"C.UTF-8":
         try:
             with open("/proc/self/environ", "rb") as file:

@@ -75,7 +75,7 @@ class Rules:
             os.close(self._descriptor)
             self._descriptor = self._signature = None
         try:
-            self._descriptor = os.open(self._path, os.O_RDONLY)
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
             self._signature = seen
         except OSError as error:
             if self._optional and isinstance(error, FileNotFoundError):
@@ -85,12 +85,15 @@ class Rules:
 
 
 def instructions(data: bytes) -> dict[bytes, bytes] | None:
-    """What the data of a rule say: the variables to set, or None to deny."""
+    """What the data of a rule say: the variables to set, or None to deny.
+
+    A variable without a name is left out: no process can be started with it.
+    """
     variables = {}
     for instruction in data.split(b"\0"):
         if instruction.startswith(b"D"):
             return None
         name, equals, value = instruction[1:].partition(b"=")
-        if instruction.startswith(b"+") and equals:
+        if instruction.startswith(b"+") and name and equals:
             variables[name] = value
     return variables

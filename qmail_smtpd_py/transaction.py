@@ -12,38 +12,46 @@ MAX_HOPS = 100
 """Received and Delivered lines from which on a message is looping, as in qmail-smtpd."""
 
 RECIPIENTS_LIMIT = 1 << 20
-"""Octets that the recipients of a message may add up to."""
+"""Octets that the recipients of a message may take in its envelope, two of them for each beside its
+address: an empty one counts too.
+"""
 
 
 class Transaction:
     """A mail transaction (RFC 5321 section 3.3) up to DATA.
 
     `blocked` tells that badmailfrom has the sender; qmail lets it pass MAIL and refuses each RCPT.
-    `most` is how many recipients there may be, 0 for any.
+    `most` is how many recipients there may be, 0 for any; `count` is how many there are.  They
+    are kept as octets of the envelope: an object for each would be many times larger than a short
+    address.
     """
 
-    __slots__ = ("_most", "_size", "blocked", "recipients", "sender")
+    __slots__ = ("_most", "_recipients", "blocked", "count", "sender")
 
     def __init__(self, sender: bytes, blocked: bool, most: int = 0) -> None:
         self.sender = sender
         self.blocked = blocked
-        self.recipients: list[bytes] = []
-        self._most = most or RECIPIENTS_LIMIT
-        self._size = 0
+        self.count = 0
+        self._most = most
+        self._recipients = bytearray()
 
     def add(self, recipient: bytes) -> bool:
         """Add a recipient; False if they are too many."""
-        size = self._size + len(recipient)
-        if size > RECIPIENTS_LIMIT or len(self.recipients) >= self._most:
+        entry = b"T%s\0" % recipient
+        if len(self._recipients) + len(entry) > RECIPIENTS_LIMIT or 0 < self._most <= self.count:
             return False
-        self._size = size
-        self.recipients.append(recipient)
+        self._recipients += entry
+        self.count += 1
         return True
+
+    @property
+    def recipients(self) -> bytes:
+        """The recipients, parted by commas."""
+        return bytes(self._recipients[1:-1].replace(b"\0T", b","))
 
     def envelope(self) -> bytes:
         """The envelope as qmail-queue reads it from descriptor 1 (qmail-queue(8))."""
-        recipients = b"".join(b"T%s\0" % recipient for recipient in self.recipients)
-        return b"F%s\0%s\0" % (self.sender, recipients)
+        return b"F%s\0%s\0" % (self.sender, self._recipients)
 
 
 class Message:

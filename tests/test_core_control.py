@@ -101,6 +101,36 @@ def test_what_can_not_be_read_says_which_file_and_why(control: Path, files: Cont
         files.line("me")
 
 
+@pytest.mark.parametrize("has_writer", [False, True])
+def test_a_named_pipe_is_no_empty_file_and_nobody_waits_for_its_writer(
+    control: Path, files: ControlFiles, has_writer: bool
+) -> None:
+    words = r"^cannot read control/{}: not a file \(uid \d+\)$"
+    for name in ("me", "morercpthosts.cdb"):
+        os.mkfifo(control / name)
+    (control / "rcpthosts").touch()
+    writer = os.open(control / "me", os.O_RDWR) if has_writer else None
+    try:
+        with pytest.raises(ControlError, match=words.format("me")):
+            files.line("me")
+        hosts = RcptHosts(files)
+        with pytest.raises(ControlError, match=words.format("morercpthosts.cdb")):
+            hosts.allows(b"user@example.org")
+        hosts.close()
+    finally:
+        if writer is not None:
+            os.close(writer)
+
+
+def test_a_control_directory_that_is_none_is_no_default(control: Path, files: ControlFiles) -> None:
+    """Only a file that is not there is one (ENOENT), and not every path that leads nowhere."""
+    control.rmdir()
+    control.touch()
+    for use in (files.line, files.list, files.open, files.is_readable):
+        with pytest.raises(ControlError, match=r"^cannot read control/rcpthosts: Not a directory"):
+            use("rcpthosts")
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 def test_what_may_not_be_read_says_who_may_not(control: Path, files: ControlFiles) -> None:
     (control / "me").touch(mode=0o600)
@@ -112,6 +142,17 @@ def test_what_may_not_be_read_says_who_may_not(control: Path, files: ControlFile
     finally:
         os.seteuid(0)
     assert str(caught.value) == f"cannot read control/me: Permission denied (uid {NOBODY})"
+
+
+def test_an_empty_device_is_an_empty_file(control: Path, files: ControlFiles) -> None:
+    (control / "rcpthosts").symlink_to("/dev/null")
+    assert files.list("rcpthosts") == []
+
+
+def test_a_file_of_any_size_is_read_whole(control: Path, files: ControlFiles) -> None:
+    entries = [b"%d.example.org" % number for number in range(20_000)]
+    (control / "rcpthosts").write_bytes(b"\n".join(entries))
+    assert files.list("rcpthosts") == entries
 
 
 def test_files_are_not_left_open(control: Path, files: ControlFiles) -> None:
@@ -330,6 +371,26 @@ def test_an_address_without_domain_is_always_allowed(control: Path) -> None:
     assert not hosts.allows(b"user@")
 
 
+def test_a_domain_that_can_be_none_costs_no_more_than_one_that_can(
+    control: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each dot has a key behind it to hash; those that no domain has octets for are left out."""
+    (control / "rcpthosts").write_bytes(b"")
+    (control / "morercpthosts.cdb").write_bytes(make_cdb({b".example.org": b""}))
+    hashed: list[bytes] = []
+    original = cdb.cdb_hash
+    monkeypatch.setattr(cdb, "cdb_hash", lambda key: hashed.append(key) or original(key))
+    hosts = RcptHosts(ControlFiles())
+    try:
+        assert not hosts.allows(b"u@" + b"." * 890)
+        assert sum(map(len, hashed)) <= 255 * 256 // 2
+        for length in (255, 256, 890):
+            assert hosts.allows(b"u@" + (b"a." * 450 + b"a.example.org")[-length:])
+        assert max(map(len, hashed)) == 255
+    finally:
+        hosts.close()
+
+
 def test_close_gives_the_descriptor_back(control: Path) -> None:
     (control / "rcpthosts").write_bytes(b"")
     (control / "morercpthosts.cdb").write_bytes(make_cdb({}))
@@ -411,10 +472,25 @@ def test_a_large_cdb_is_not_read_into_memory(database: Callable[[bytes], int]) -
     tracemalloc.start()
     assert cdb.find(descriptor, b"small") == b"data"
     assert cdb.find(descriptor, b"missing") is None
+    assert cdb.has(descriptor, b"large")
+    assert not cdb.has(descriptor, b"missing")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     os.close(descriptor)
     assert peak < 10_000
+
+
+def test_a_damaged_length_asks_for_no_memory(database: Callable[[bytes], int]) -> None:
+    whole = make_cdb({b"key": b"data"})
+    for length in (5000, 0x7FFFFFFF, 0xFFFFFFFF):
+        descriptor = database(whole[:2052] + length.to_bytes(4, "little") + whole[2056:])
+        tracemalloc.start()
+        with pytest.raises(cdb.CdbError, match="cut off"):
+            cdb.find(descriptor, b"key")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        os.close(descriptor)
+        assert peak < 10_000
 
 
 # badmailfrom

@@ -10,7 +10,7 @@ from conformance import grammar
 from conformance.world import base64, open_session
 
 from qmail_smtpd_py.session import CLOSED, Session
-from qmail_smtpd_py.transaction import RECIPIENTS_LIMIT
+from qmail_smtpd_py.transaction import RECIPIENTS_LIMIT, Transaction
 
 IN_A_MESSAGE = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<u@here.example>\r\nDATA\r\n"
 GOOD = b"AUTH PLAIN " + base64(b"\0joe\0secret") + b"\r\n"
@@ -90,14 +90,56 @@ def test_many_small_lines_need_memory_for_one_piece_of_them() -> None:
     assert peak_of(lambda: send(20)) < 2 * peak_of(lambda: send(1))
 
 
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_qmail_queue_gets_nothing_beyond_databytes(size: int) -> None:
+    """Its disk is not to be filled by what will be refused."""
+    session, world = open_session(databytes=50)
+    session.receive(IN_A_MESSAGE)
+    (queue,) = world.queues
+    trace_field = len(queue.message)
+    said = b"".join(session.receive(b"x" * size) for _ in range(200))
+    said += session.receive(b"\r\n.\r\n")
+    assert said == b"552 sorry, that message size exceeds my databytes limit (#5.3.4)\r\n"
+    assert len(queue.message) - trace_field <= 50
+    assert queue.envelope == b""
+
+
 def test_recipients_are_bounded() -> None:
     session, _ = open_session()
     session.receive(b"MAIL FROM:<>\r\n")
-    address = b"x" * 100 + b"@here.example"
-    room = RECIPIENTS_LIMIT // len(address)
+    address = b"x" * 110 + b"@here.example"
+    room = RECIPIENTS_LIMIT // (len(address) + 2)
     said = session.receive(b"RCPT TO:<%s>\r\n" % address * (room + 1))
     assert said == b"250 ok\r\n" * room + b"452 too many recipients (#4.5.3)\r\n"
     assert session.receive(b"RCPT TO:<x@here.example>\r\n") == b"250 ok\r\n", "it still fits"
+
+
+@pytest.mark.parametrize("recipient", [b"", b"ab", b"x" * 900])
+def test_recipients_need_the_memory_of_their_octets_however_short_they_are(
+    recipient: bytes,
+) -> None:
+    transaction = Transaction(b"", blocked=False)
+
+    def fill() -> None:
+        while transaction.add(recipient):
+            pass
+        transaction.envelope()
+        transaction.recipients  # noqa: B018
+
+    assert peak_of(fill) < 4 * RECIPIENTS_LIMIT
+    room = RECIPIENTS_LIMIT // (len(recipient) + 2)
+    assert transaction.count == room
+    assert transaction.envelope() == b"F\0%s\0" % (b"T%s\0" % recipient * room)
+    assert transaction.recipients == b",".join([recipient] * room)
+
+
+def test_the_log_shows_the_first_recipients_and_how_many_octets_all_of_them_have() -> None:
+    session, world = open_session()
+    addresses = [b"user%d@here.example" % number for number in range(1000)]
+    session.receive(b"MAIL FROM:<>\r\n" + b"".join(b"RCPT TO:<%s>\r\n" % a for a in addresses))
+    session.receive(b"DATA\r\n.\r\n")
+    listed = b",".join(addresses)
+    assert world.lines[-1].endswith(b'to="%s...(%d octets)"' % (listed[:1200], len(listed)))
 
 
 # TLS
@@ -127,6 +169,24 @@ def test_tls_is_not_offered_under_tls() -> None:
     session.receive(b"STARTTLS\r\n")
     session.tls_started(b"CIPHER")
     assert b"STARTTLS" not in session.receive(b"EHLO x\r\n")
+
+
+def test_the_client_certificate_is_asked_for_once_in_a_session() -> None:
+    """It costs a look into the list, and its answer can be no other."""
+    session, world = open_session()
+    asked: list[int] = []
+
+    def certified_client() -> tuple[bytes | None, bytes]:
+        asked.append(1)
+        return None, b"certificate has expired"
+
+    world.certified_client = certified_client  # type: ignore[method-assign]
+    session.receive(b"STARTTLS\r\n")
+    session.tls_started(b"CIPHER")
+    for _ in range(3):
+        said = session.receive(b"MAIL FROM:<>\r\n" + b"RCPT TO:<u@elsewhere.example>\r\n" * 2)
+        assert [code for code in grammar.codes(said) if code == 553] == [553, 553]
+    assert asked == [1]
 
 
 # AUTH

@@ -191,6 +191,16 @@ def test_control_file_that_the_user_can_not_read(checked):
     assert problem["remedy"] == f"chmod a+r {path}"
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_control_file_that_is_no_file(checked, make):
+    """Nobody waits for a named pipe's writer."""
+    path = checked.home.path / "control" / "badmailfrom"
+    make(path)
+    problem = checked.find().only("unreadable", "error")
+    assert problem["what"].startswith("cannot read control/badmailfrom: ")
+    assert problem["remedy"] == f"{path} is not a file: put one in its place"
+
+
 @as_root
 def test_two_of_them_are_both_told(checked):
     for name in ("badmailfrom", "rcpthosts"):

@@ -88,6 +88,8 @@ BROKEN = {
     "v1 IPv4 for IPv6": b"PROXY TCP6 192.0.2.7 198.51.100.1 4711 25\r\n",
     "v1 no address": b"PROXY TCP4 client.example.com 198.51.100.1 4711 25\r\n",
     "v1 half an address": b"PROXY TCP4 192.0.2 198.51.100.1 4711 25\r\n",
+    "v1 zone": b"PROXY TCP6 fe80::7%x 2001:db8::1 4711 25\r\n",
+    "v1 our zone": b"PROXY TCP6 2001:db8::7 fe80::1%1 4711 25\r\n",
     "v1 ports": b"PROXY TCP4 192.0.2.7 198.51.100.1 4711 65536\r\n",
     "v1 negative": b"PROXY TCP4 192.0.2.7 198.51.100.1 4711 -25\r\n",
     "v1 underscore": b"PROXY TCP4 192.0.2.7 198.51.100.1 4_711 25\r\n",

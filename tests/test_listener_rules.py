@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ from e2e.programs import need
 from listener.listening import PATIENCE
 from listener.peers import compile_rules
 
-from qmail_smtpd_py.tcprules import Rules, RulesError, addresses
+from qmail_smtpd_py.tcprules import Rules, RulesError, addresses, instructions
 
 Client = tuple[str, Optional[str], Optional[str]]
 """Its address, its name and its user; None for what is not known."""
@@ -144,6 +145,30 @@ def test_a_file_that_may_be_missing(tmp_path: Path) -> None:
     path.symlink_to(path)
     with pytest.raises(RulesError, match="symbolic links"):
         ours(rules, client)
+
+
+def test_a_named_pipe_turns_away_and_holds_nobody_up(tmp_path: Path) -> None:
+    path = tmp_path / "rules.cdb"
+    os.mkfifo(path)
+    with pytest.raises(RulesError, match=r"cannot use .*rules\.cdb"):
+        ours(Rules(str(path)), ("192.0.2.25", None, None))
+
+
+def test_a_variable_without_a_name_is_none() -> None:
+    assert instructions(b"+=x\0+NAME=y\0+\0") == {b"NAME": b"y"}
+
+
+def test_the_rules_before_are_not_left_open(tmp_path: Path) -> None:
+    path = tmp_path / "rules.cdb"
+    rules = Rules(str(path))
+    client: Client = ("192.0.2.25", None, None)
+    compile_rules(path, ":allow\n")
+    assert ours(rules, client) == {}
+    open_before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        compile_rules(path, ":allow\n")
+        assert ours(rules, client) == {}
+    assert len(os.listdir("/proc/self/fd")) == len(open_before)
 
 
 @pytest.mark.parametrize("size", [1, 2047, 2048, 2060, 2071])

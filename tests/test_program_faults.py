@@ -220,6 +220,31 @@ def test_a_qmail_queue_that_is_slow_to_read_slows_the_client_down_and_fills_no_m
     assert re.search(rb"(?m)^100001\d\d$", program.log)
 
 
+def test_a_qmail_queue_that_is_slow_to_give_up_is_no_zombie_for_ever(host: Stage) -> None:
+    """The next message sees that it has ended."""
+    path = host.tools / "slow-queue"
+    path.write_text(
+        "#!/bin/sh\ncat <&0 >/dev/null\ncat <&1 >/dev/null\n"
+        "[ -e $0.ran ] || { : >$0.ran; read -r line <$0.end; }\n"
+    )
+    path.chmod(0o755)
+    os.mkfifo(f"{path}.end")
+    host.environment({"QMAILQUEUE": str(path)})
+    with Program(host) as program:
+        client = greeted(program)
+        begin_message(client)
+        client.send(b"Received: x\r\n" * 100 + b".\r\n")
+        assert client.reply() == "554 too many hops, this message is looping (#5.4.6)"
+        (slow,) = program.children
+        Path(f"{path}.end").write_text("now\n")
+        while ") Z " not in Path(f"/proc/{slow}/stat").read_text():
+            time.sleep(0.01)
+        begin_message(client)
+        client.send(b"x\r\n.\r\n")
+        assert (client.reply() or "").startswith("250 ok ")
+        assert program.children == []
+
+
 def test_no_child_is_left_whatever_became_of_it(host: Stage) -> None:
     host.plan("qmail-queue", [{"exit": 0}, {"exit": 53}, {"signal": 9}, {"exit": 0, "read": False}])
     host.plan("checkpassword", [{"exit": 111}, {"signal": 9}, {"exit": 0}])
@@ -344,6 +369,18 @@ def test_the_interpreter_puts_nothing_into_the_environment(host: Stage) -> None:
         assert (client.reply() or "").startswith("250 ok ")
     names = {line.partition("=")[0] for line in (host.tools / "environ").read_text().splitlines()}
     assert names - {"PWD", "OLDPWD", "SHLVL", "_"} == set(host.env)
+
+
+def test_a_variable_without_a_name_is_not_handed_on(host: Stage) -> None:
+    """No process could be started with it by posix_spawn."""
+    with Program(host, command=["/usr/bin/env", "=x", *under_test()]) as program:
+        client = greeted(program)
+        assert client.command(b"AUTH PLAIN AGpvZQBzZWNyZXQ=") == "235 ok, go ahead (#2.0.0)"
+        begin_message(client)
+        client.send(b"x\r\n.\r\n")
+        assert (client.reply() or "").startswith("250 ok ")
+    (check,), (delivery,) = host.checks(), host.deliveries()
+    assert "" not in {*check.environ, *delivery.environ}
 
 
 def in_shell(words: str) -> list[str]:
@@ -502,6 +539,38 @@ def test_a_certificate_that_may_not_be_read_is_not_advertised(open_stage: Stage)
     assert status == 0
     (line,) = [line for line in logs.read_all(log) if line.event == "error"]
     assert "control/servercert.pem: Permission denied" in line.fields["why"]
+
+
+@pytest.mark.parametrize("name", ["me", "rcpthosts"])
+def test_a_named_pipe_holds_nobody_up(open_stage: Stage, name: str) -> None:
+    open_stage.control({other: text for other, text in CONTROL_FILES.items() if other != name})
+    os.mkfifo(open_stage.home / "control" / name)
+    with Program(open_stage) as program:
+        assert program.client.read_to_end() == b"421 unable to read controls (#4.3.0)\r\n"
+        assert program.wait() == 1
+    (line,) = logs.read_all(program.log)
+    assert line.fields["why"] == f"cannot read control/{name}: not a file (uid {os.geteuid()})"
+
+
+@pytest.mark.tls
+@pytest.mark.parametrize("has_writer", [False, True])
+def test_a_certificate_that_is_a_named_pipe_holds_nobody_up(
+    open_stage: Stage, has_writer: bool
+) -> None:
+    open_stage.control(CONTROL_FILES)
+    path = open_stage.home / "control" / "servercert.pem"
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR) if has_writer else None
+    try:
+        with Program(open_stage) as program:
+            client = program.client
+            assert client.reply() == "220 mx.example.org ESMTP"
+            answer = client.command(b"STARTTLS")
+            assert answer == "454 TLS missing certificate: not a file (#4.3.0)"
+            assert client.command(b"QUIT") == "221 mx.example.org"
+    finally:
+        if writer is not None:
+            os.close(writer)
 
 
 @as_root

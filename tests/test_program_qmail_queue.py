@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import posix
 import re
 import resource
 import time
@@ -40,12 +42,13 @@ class Queue:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.left: list[int] = []
 
     def start(self, script: str, with_text: bool = False) -> QueueDelivery:
         path = self.directory / "qmail-queue"
         path.write_text(f"#!/bin/sh\ncd {self.directory}\n{script}\n")
         path.chmod(0o755)
-        delivery = qmail_queue.open_delivery(os.fsencode(path), ENVIRON, with_text)
+        delivery = qmail_queue.open_delivery(os.fsencode(path), ENVIRON, self.left, with_text)
         assert delivery
         return delivery
 
@@ -127,7 +130,7 @@ def test_one_that_can_not_be_started(tmp_path: Path, kind: str, message: bytes) 
     elif kind != "missing":
         path.write_text("#!/no/such/interpreter\n" if kind == "no interpreter" else "words\n")
         path.chmod(0o755 if kind == "no interpreter" else 0o644)
-    delivery = qmail_queue.open_delivery(os.fsencode(path), ENVIRON)
+    delivery = qmail_queue.open_delivery(os.fsencode(path), ENVIRON, [])
     assert delivery
     assert isinstance(delivery.trouble, OSError)
     delivery.write(message)
@@ -137,7 +140,7 @@ def test_one_that_can_not_be_started(tmp_path: Path, kind: str, message: bytes) 
 def test_what_it_is_given(stage: Stage) -> None:
     """Message and envelope on descriptors 0 and 1, the log, and the environment as given."""
     program = stage.env["QMAILQUEUE"]
-    delivery = qmail_queue.open_delivery(os.fsencode(program), ENVIRON)
+    delivery = qmail_queue.open_delivery(os.fsencode(program), ENVIRON, [])
     assert delivery
     delivery.write(b"x\n")
     assert delivery.close(ENVELOPE) is None
@@ -169,8 +172,14 @@ def test_a_cancelled_one_that_does_not_end_is_not_waited_for_long(queue: Queue) 
     began = time.monotonic()
     delivery.cancel()
     assert time.monotonic() - began < 10
+    assert queue.left == [delivery.pid]
+    queue.start("exit 53").cancel()
+    assert queue.left == [delivery.pid], "it is still running"
     os.kill(delivery.pid, 9)
-    os.waitpid(delivery.pid, 0)
+    os.waitid(os.P_PID, delivery.pid, os.WEXITED | os.WNOWAIT)
+    queue.start("exit 53").cancel()
+    assert queue.left == []
+    assert not os.path.exists(f"/proc/{delivery.pid}"), "it is a zombie"
 
 
 def test_cancelling_what_has_ended_already(queue: Queue) -> None:
@@ -281,7 +290,7 @@ def test_a_cancelled_one_is_not_asked_for_a_text(queue: Queue) -> None:
 
 
 def test_one_with_a_text_that_can_not_be_started() -> None:
-    delivery = qmail_queue.open_delivery(b"/no/such/queue", ENVIRON, True)
+    delivery = qmail_queue.open_delivery(b"/no/such/queue", ENVIRON, [], True)
     assert delivery
     assert delivery.close(ENVELOPE) is qmail_queue.reply_to(120)
 
@@ -289,7 +298,8 @@ def test_one_with_a_text_that_can_not_be_started() -> None:
 @pytest.mark.parametrize("with_text", [False, True])
 def test_the_descriptors_of_a_text(stage: Stage, with_text: bool) -> None:
     """4 and 6 are one pipe; without it they are not open at all, and nothing else ever is."""
-    delivery = qmail_queue.open_delivery(os.fsencode(stage.env["QMAILQUEUE"]), ENVIRON, with_text)
+    program = os.fsencode(stage.env["QMAILQUEUE"])
+    delivery = qmail_queue.open_delivery(program, ENVIRON, [], with_text)
     assert delivery
     assert delivery.close(ENVELOPE) is None
     (given,) = stage.deliveries()
@@ -320,6 +330,22 @@ def test_who_writes_texts(program: bytes) -> None:
     assert qmail_queue.writes_text(program) == PROGRAMS[program]
 
 
+def test_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spawn(*arguments: object, **more: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(posix, "posix_spawn", spawn)
+    assert qmail_queue.open_delivery(b"/bin/true", ENVIRON, []) is None
+
+
+def test_an_environment_that_no_process_can_have() -> None:
+    delivery = qmail_queue.open_delivery(b"/bin/true", {b"": b"x"}, [])
+    assert delivery
+    assert delivery.trouble
+    assert delivery.trouble.strerror == "illegal environment variable name"
+    assert delivery.close(ENVELOPE) is qmail_queue.reply_to(120)
+
+
 @pytest.mark.parametrize(
     ("free", "with_text"), [*((n, False) for n in range(4)), *((n, True) for n in range(6))]
 )
@@ -332,6 +358,6 @@ def test_no_descriptors(queue: Queue, free: int, with_text: bool) -> None:
     os.close(lowest)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, limits[1]))
     try:
-        assert qmail_queue.open_delivery(b"/bin/true", ENVIRON, with_text) is None
+        assert qmail_queue.open_delivery(b"/bin/true", ENVIRON, [], with_text) is None
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

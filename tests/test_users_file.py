@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qmail_smtpd_py.users_file import PasswordHash, Trouble, User, UsersFile, load
+from qmail_smtpd_py.users_file import PasswordHash, Trouble, User, UsersFile, change, load
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "bin" / "qmail-smtpd-users")]
@@ -304,6 +304,21 @@ def test_no_directory(home):
     status, _, errors = tool(home / "absent", "set", "alice", "--stdin", password=b"sesame")
     assert status == 111
     assert b"No such file or directory" in errors
+
+
+def test_what_is_put_in_place_is_on_the_disk(users, monkeypatch):
+    """A crash behind rename(2) would else leave a file with a name and without its octets."""
+    order = []
+    for name in ("fsync", "rename"):
+        act = getattr(os, name)
+
+        def note(*arguments, name=name, act=act):
+            order.append((name, users.with_name("smtpusers.new").exists()))
+            return act(*arguments)
+
+        monkeypatch.setattr(os, name, note)
+    change(str(users), lambda kept: kept.remove(b"alice"))
+    assert order == [("fsync", True), ("rename", True), ("fsync", False)]
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(home, users):
