@@ -70,7 +70,7 @@ def named(name: bytes) -> Iterator[str]:
 
 def check(path: str = SERVER_CERTIFICATE) -> None:
     """See that a file has a certificate and its key; raises Unavailable."""
-    text = _read(path)
+    text = read(path)
     if b"-----BEGIN CERTIFICATE-----" not in text:
         raise Unavailable(path, _NO_CERTIFICATE, "no certificate in it")
     if b"PRIVATE KEY-----" not in text:
@@ -81,7 +81,8 @@ def check(path: str = SERVER_CERTIFICATE) -> None:
     _check_pair(path, text)
 
 
-def _read(path: str) -> bytes:
+def read(path: str) -> bytes:
+    """The octets of a file in PEM; raises Unavailable, with a reason where OpenSSL has none."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -154,6 +155,6 @@ def _type_of_certificate(path: str) -> type:
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
-        return type(x509.load_pem_x509_certificate(_read(path)).public_key())
+        return type(x509.load_pem_x509_certificate(read(path)).public_key())
     except (ValueError, UnsupportedAlgorithm) as error:
         raise TlsError(f"{path}: {error}") from None

@@ -160,27 +160,34 @@ class Context:
 
         if os.path.exists(DH_PARAMETERS):
             try:
+                certificates.read(DH_PARAMETERS)
                 self.ssl.load_tmp_dh(DH_PARAMETERS)
             except SSL.Error as error:
-                self.warnings.append(_trouble(DH_PARAMETERS, reason(error)))
+                self.warnings.append(f"{DH_PARAMETERS}: {reason(error)}")
+            except TlsError as error:
+                self.warnings.append(str(error))
 
     def _ask_for_certificate(self) -> None:
         """Ask clients for a certificate of one of our authorities."""
         from OpenSSL import SSL
 
         try:
+            certificates.read(CLIENT_AUTHORITIES)
             self.ssl.load_verify_locations(CLIENT_AUTHORITIES)
             self.ssl.load_client_ca(CLIENT_AUTHORITIES.encode())
         except SSL.Error as error:
-            self.warnings.append(_trouble(CLIENT_AUTHORITIES, reason(error)))
+            self.warnings.append(f"{CLIENT_AUTHORITIES}: {reason(error)}")
+            return
+        except TlsError as error:
+            self.warnings.append(str(error))
             return
         if os.path.exists(REVOCATIONS):
             try:
                 self._load_revocations()
-            except (OSError, ValueError, SSL.Error) as error:
+            except (TlsError, ValueError, SSL.Error) as error:
                 # Who was revoked is not known: nobody's certificate can count.
-                trouble = _trouble(REVOCATIONS, str(error))
-                self.warnings.append(f"{trouble}; no client certificate counts")
+                why = str(error) if isinstance(error, TlsError) else f"{REVOCATIONS}: {error}"
+                self.warnings.append(f"{why}; no client certificate counts")
                 return
         self.ssl.set_verify(SSL.VERIFY_PEER, note_problem)
 
@@ -188,8 +195,7 @@ class Context:
         from cryptography import x509
         from OpenSSL import crypto
 
-        with open(REVOCATIONS, "rb") as file:
-            lists = file.read().split(_END_OF_LIST)[:-1]
+        lists = certificates.read(REVOCATIONS).split(_END_OF_LIST)[:-1]
         if not lists:
             raise ValueError("no certificate revocation list in it")
         store = self.ssl.get_cert_store()
@@ -200,17 +206,6 @@ class Context:
 
 
 _END_OF_LIST = b"-----END X509 CRL-----"
-
-
-def _trouble(path: str, words: str) -> str:
-    """What is wrong with a file: the words of whoever tried to use it, unless it can not be read,
-    which OpenSSL does not tell.
-    """
-    try:
-        with open(path, "rb"):
-            return f"{path}: {words}"
-    except OSError as error:
-        return f"{path}: {error.strerror} (uid {os.geteuid()})"
 
 
 def sort_ciphers(ciphers: Sequence[bytes]) -> tuple[list[bytes], list[bytes], list[bytes]]:

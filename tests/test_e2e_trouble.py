@@ -5,6 +5,8 @@ All of it is seen as the mail user sees it, who may not read what root may.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -282,16 +284,23 @@ def test_control_file_that_is_needed_later_and_can_not_be_read(start, home, auth
     assert errors(service) == [f"cannot read control/{name}: {DENIED}"]
 
 
+@pytest.mark.parametrize("is_pipe", [False, True], ids=["unreadable", "a pipe"])
 @pytest.mark.parametrize("name", ["clientca.pem", "clientcrl.pem", "dh2048.pem"])
-def test_pem_file_that_can_not_be_read(start, home, authority, name):
+def test_pem_file_that_can_not_be_read(start, home, authority, name, is_pipe):
     """TLS goes on as well as it can, and OpenSSL does not tell why it can not read the file."""
     home.control("clientca.pem", authority.pem)
     home.control("tlsclients", "alice@example.org")
-    home.control(name, "", UNREADABLE)
+    if is_pipe:
+        (home.path / "control" / name).unlink(missing_ok=True)
+        os.mkfifo(home.path / "control" / name)
+        (home.path / "control" / name).chmod(0o644)
+    else:
+        home.control(name, "", UNREADABLE)
     service = start()
     assert "221 " in swaks(service, "--tls", "--quit-after", "EHLO").output
     consequence = "; no client certificate counts" if name == "clientcrl.pem" else ""
-    assert errors(service) == [f"control/{name}: {DENIED}{consequence}"]
+    why = f"not a file {WHO}" if is_pipe else DENIED
+    assert errors(service) == [f"control/{name}: {why}{consequence}"]
 
 
 def test_home_that_is_not_there(start, home):
