@@ -112,7 +112,7 @@ class Conduct:
 
 
 class Pace:
-    """Whether a client keeps up with `rate` octets a second, 0 for any, over `window` seconds.
+    """Whether a client keeps up with `rate` octets a second, 0 for no limit, over `window` seconds.
 
     What counts is the time that is spent waiting for the client, as long as there is something half
     sent: a command, or a message.  A client that is silent altogether is not looked at here, as it

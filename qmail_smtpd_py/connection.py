@@ -68,11 +68,11 @@ class Settings:
     """What the administrator set, from control files and variables.
 
     `greeting` is the name in the replies to connect, HELO, EHLO and QUIT; `databytes` the largest
-    message in octets, 0 for any; `auth` what SMTPAUTH says; `can_authenticate` whether there is a
-    check program; `force_tls` whether AUTH needs TLS, `require_tls` whether mail needs it, and
-    `disable_tls` whether there is no STARTTLS; `force_auth_mail_from` whether who has
-    authenticated may send as nobody else; `hide_host` whether Received leaves out where they are;
-    `limits` is what the client may do.
+    message in octets, 0 for no limit; `auth` what SMTPAUTH says; `can_authenticate` whether there
+    is a check program; `force_tls` whether AUTH needs TLS, `require_tls` whether mail needs it, and
+    `disable_tls` whether there is no STARTTLS; `force_auth_mail_from` whether who has authenticated
+    may send as nobody else; `hide_host` whether Received leaves out where they are; `limits` is
+    what the client may do.
     """
 
     __slots__ = (

@@ -30,7 +30,7 @@ DIRECTORY = "control/"
 
 
 def first_line(text: bytes | None) -> bytes | None:
-    """The first line of a control file without blanks at its end; None for a file that is not."""
+    """The first line of a control file, without blanks at its end; None where there is no file."""
     return None if text is None else text.partition(b"\n")[0].rstrip(b" \t")
 
 

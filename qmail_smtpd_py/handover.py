@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 READY, GO = b"+", b"!"
 
 PATIENCE = 5.0
-"""Seconds that the helper may take to answer before the program does TLS itself."""
+"""Seconds that either end may take for what it has to say before TLS begins."""
 
 _LENGTH = 4  # octets of the number before the text
 _LONGEST = 1 << 22  # octets of environment and arguments; Linux takes 2 MiB at most
@@ -124,6 +124,7 @@ def take(program: socket) -> tuple[list[int], list[bytes], dict[bytes, bytes]]:
 def may_begin(program: socket) -> bool:
     """Tell the program that TLS can begin, and wait until it has told the client."""
     try:
+        program.settimeout(PATIENCE)
         program.sendall(READY)
         return program.recv(1) == GO
     except OSError:

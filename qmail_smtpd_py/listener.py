@@ -211,8 +211,8 @@ class Listener:
         self._tell("restarting")
         # Until the new one has handlers, what comes would end it: it is to wait instead.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        for number in self._signals:
-            os.kill(os.getpid(), number)  # and so is what came a moment ago
+        while self._signals:
+            os.kill(os.getpid(), self._signals.pop())  # and so is what came a moment ago
         here = os.getcwd()
         try:
             os.chdir(self._directory)

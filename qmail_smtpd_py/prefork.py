@@ -1,9 +1,9 @@
 """The pool: workers forked ahead, each serving one connection at a time.
 
 The parent accepts nothing and reads nothing from clients.  It forks workers, replaces those that
-end, and tells them to stop; all of them wait in accept(2) on the same sockets, where the kernel
-wakes one.  What the parent must know of them stands in memory that all share, the Board, so that a
-connection costs the parent nothing:
+end, and tells them to stop; all of them wait by epoll(7) on one socket, and for each connection the
+kernel wakes one.  What the parent must know of them stands in memory that all share, the Board, so
+that a connection costs the parent nothing:
 
     a worker    marks its place busy or idle; where too few are idle, it writes an octet to the
                 parent's pipe, unless the parent is going to look anyway; it ends after so many

@@ -13,6 +13,7 @@ authenticate, as queue and check program are none, and the log goes nowhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -51,24 +52,29 @@ def rehearse(service: Service) -> None:
     interface.  What goes wrong in a session will do so with real clients, and be told to them and
     the log: here it does not matter.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", 0)) as listener, open(os.devnull, "wb") as sink:
         listener.setblocking(False)
-        lifeline, held = os.pipe()
+        nowhere = sink.fileno()
+        with _client_of(listener.getsockname()) as lifeline, logging_to(nowhere):
+            stage = _stage(service)
+            for _ in range(TIMES):
+                _look_up(service.rules)
+                place = Place(Board(1), 0, os.getppid(), nowhere, lifeline, 0, 1)
+                Worker(stage, listener, place, 1, _SECONDS).run()
+
+
+@contextlib.contextmanager
+def _client_of(address: tuple[str, int]) -> Iterator[int]:
+    """A child that is the client, and the end of a pipe that hangs up when it has ended."""
+    lifeline, held = os.pipe()
+    with open(lifeline, "rb", 0), open(held, "wb", 0) as its_own:
         client = os.fork()
         if not client:
-            _play_client(listener.getsockname())
-        os.close(held)  # so that the end of the client ends the rehearsal
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+            _play_client(address)
+        its_own.close()
         try:
-            with logging_to(nowhere):
-                stage = _stage(service)
-                for _ in range(TIMES):
-                    _look_up(service.rules)
-                    place = Place(Board(1), 0, os.getppid(), nowhere, lifeline, 0, 1)
-                    Worker(stage, listener, place, 1, _SECONDS).run()
+            yield lifeline
         finally:
-            os.close(nowhere)
-            os.close(lifeline)
             os.kill(client, signal.SIGKILL)
             os.waitpid(client, 0)
 

@@ -1,4 +1,4 @@
-"""Whose files are, and what stands in the way of somebody who wants to use one.
+"""Whose a file is, and what stands in the way of somebody who wants to use one.
 
 The questions are asked of the kernel with the rights that the process has: qmail-smtpd-check asks
 them in a child that has become the user of the service.

@@ -22,7 +22,7 @@ from .chain import Chain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from .shellwords import Command, Part, Word
 
@@ -72,14 +72,20 @@ class RunFile:
         self._exports_all = False
         self._line = 0
         self._is_over = False
-        try:
-            self._follow(shellwords.parse(script))
-        except shellwords.ScriptError as error:
-            self._note(f"the script has {error}; nothing of it was read")
+        self._read(script, "the script")
         for name, line in self._set_at.items():
             if name not in self.environ:
                 is_used = bool(re.search(rf"\$\{{?{name}\b", script))
                 self.unexported.append((line, name, self._variables.get(name) or "", is_used))
+
+    def _read(self, script: str, called: str) -> None:
+        """Follow a script, if it can be taken apart."""
+        try:
+            commands = shellwords.parse(script)
+        except shellwords.ScriptError as error:
+            self._note(f"{called} has {error}; nothing of it was read")
+        else:
+            self._follow(commands)
 
     def _note(self, text: str) -> None:
         note = f"line {self._line}: {text}" if self._line else text
@@ -143,8 +149,8 @@ class RunFile:
         self._heed_mkdir(command)
         assigned, words = self._split(command)
         name = words[0].literal if words else None
-        if name in ("export", "readonly", "unset", "set"):
-            getattr(self, f"_{name}")(words[1:])
+        if name in _BUILTINS:
+            _BUILTINS[name](self, words[1:])
         elif not words:
             for variable, value in assigned:
                 self._assign(variable, value)
@@ -243,7 +249,7 @@ class RunFile:
         """A shell with a script of its own; what that sets is gone with it."""
         self.chain.script = None
         before, self.environ = self.environ, environ
-        self._follow(shellwords.parse(script))
+        self._read(script, "the script of a shell")
         if not self._is_over:
             self.environ = before
 
@@ -317,6 +323,15 @@ class RunFile:
             self.missing_users.append(name)
             return None
         return str(user.pw_uid if option == "-u" else user.pw_gid)
+
+
+_BUILTINS: dict[str, Callable[[RunFile, Sequence[Word]], None]] = {
+    "export": RunFile._export,
+    "readonly": RunFile._readonly,
+    "unset": RunFile._unset,
+    "set": RunFile._set,
+}
+"""Commands that change variables, or what happens to them."""
 
 
 def _first(command: Command) -> str | None:

@@ -95,7 +95,7 @@ class Policy:
     the session, the others for whoever runs it; raises ControlError.
 
     `ip_host` is the domain of our own IP addresses; `timeout` is in seconds, `longest_session` too,
-    with 0 for any, `least_rate` in octets a second.
+    0 for no limit, `least_rate` in octets a second.
     """
 
     __slots__ = ("ip_host", "least_rate", "longest_session", "settings", "timeout")

@@ -82,8 +82,8 @@ def environment(
     return environ
 
 
-def plain_ip(ip: str) -> str:
-    """An address without its zone, an IPv4 address in IPv6's clothes as what it is."""
+def bare_ip(ip: str) -> str:
+    """An address as variables have it: without a zone, and IPv4 in IPv6's clothes as IPv4."""
     ip = ip.partition("%")[0]
     return ip[7:] if ip.startswith("::ffff:") and "." in ip else ip
 
@@ -102,7 +102,7 @@ def _has_address(name: bytes, ip: str) -> bool:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False
-    return any(plain_ip(str(address[0])) == ip for *_, address in found)
+    return any(bare_ip(str(address[0])) == ip for *_, address in found)
 
 
 def ident(ends: Addresses, seconds: float) -> bytes | None:

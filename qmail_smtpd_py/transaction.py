@@ -21,7 +21,7 @@ class Transaction:
     """A mail transaction (RFC 5321 section 3.3) up to DATA.
 
     `blocked` tells that badmailfrom has the sender; qmail lets it pass MAIL and refuses each RCPT.
-    `most` is how many recipients there may be, 0 for any; `count` is how many there are.  They
+    `most` is how many recipients there may be, 0 for no limit; `count` is how many there are.  They
     are kept as octets of the envelope: an object for each would be many times larger than a short
     address.
     """
@@ -57,7 +57,7 @@ class Transaction:
 class Message:
     """The mail data of a transaction on its way to qmail-queue.
 
-    `databytes` is the largest size in octets, 0 for any.
+    `databytes` is the largest size in octets, 0 for no limit.
     """
 
     __slots__ = ("_databytes", "data", "delivery", "transaction")

@@ -12,7 +12,6 @@ import resource
 import select
 import socket
 import subprocess
-import time
 
 from OpenSSL import SSL
 
@@ -226,12 +225,8 @@ def _limit(limits: Mapping[str, int]) -> None:
 def _end(process: subprocess.Popen[bytes], ours: socket.socket) -> int:
     """Wait until the program has ended, and if need be end it; its exit status."""
     ours.shutdown(socket.SHUT_WR)
-    deadline = time.monotonic() + _GOODBYE_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            process.wait(0.05)
-        except subprocess.TimeoutExpired:
-            pass
-    if process.poll() is None:
+    try:
+        return process.wait(_GOODBYE_SECONDS)
+    except subprocess.TimeoutExpired:
         process.kill()
-    return process.wait()
+        return process.wait()

@@ -63,7 +63,7 @@ class Wire:
         self._use(read_fd, write_fd)
 
     def limit(self, timeout: float, total: float) -> None:
-        """Set the seconds for each read or write, and those for all from now on, 0 for any."""
+        """Set the seconds for each read or write, and for all from now on, 0 for no limit."""
         self._timeout = timeout
         if total:
             self._until = time.monotonic() + total

@@ -21,7 +21,7 @@ from .handover import HandoverError
 from .proxyprotocol import Addresses, ProxyError, read_header
 from .settings import TIMEOUT
 from .smtpd import serve
-from .tcpenviron import environment, plain_ip
+from .tcpenviron import bare_ip, environment
 from .tcprules import RulesError
 from .wire import ConnectionLost, TimedOut
 from .workerwire import SocketWire, WatchfulWire
@@ -145,7 +145,7 @@ class Worker:
                     service.complain(f"pid {self._pid} from {ends.remote_ip}")
                 environ = self._admit(connection, ends)
             except (OSError, ProxyError, RulesError) as error:
-                service.complain(f"drop {self._pid} from {plain_ip(remote[0])}: {error}")
+                service.complain(f"drop {self._pid} from {bare_ip(remote[0])}: {error}")
                 return _DROPPED
             return _DENIED if environ is None else self._serve(connection, environ)
         finally:
@@ -164,7 +164,7 @@ class Worker:
         """Who is at the two ends; raises OSError, or ProxyError where a proxy does not say."""
         remote_ip, remote_port = remote[:2]
         local_ip, local_port = connection.getsockname()[:2]
-        ends = Addresses(plain_ip(remote_ip), remote_port, plain_ip(local_ip), local_port)
+        ends = Addresses(bare_ip(remote_ip), remote_port, bare_ip(local_ip), local_port)
         if self._service.proxies is not None and ends.remote_ip in self._service.proxies:
             return read_header(connection, PROXY_SECONDS) or ends
         return ends

@@ -2,8 +2,8 @@
 
 A `WatchfulWire` looks up from its wait for a client every few seconds, as the listener may be gone
 in the middle of a session.  A `SocketWire` is that for a TCP connection, and seldom needs a poll(2)
-before it reads: most clients answer soon, and so long the read itself waits, no longer than the
-socket's SO_RCVTIMEO says (socket(7)).
+before it reads: most clients answer soon, and until then the read itself waits, no longer than
+the socket's SO_RCVTIMEO says (socket(7)).
 """
 
 from __future__ import annotations

@@ -81,6 +81,14 @@ def test_scripts_that_are_not_understood_at_all(script: str) -> None:
     assert len(read(script).notes) == 1
 
 
+def test_a_shell_s_script_without_its_end_is_all_that_is_not_read() -> None:
+    run = read(f"export SMTPAUTH='!'\nsh -c 'echo \"there'\n{LAST}")
+    what = 'line 3: the script of a shell has a " without its end'
+    assert run.notes == [f"{what}; nothing of it was read"]
+    assert variables(run) == {"SMTPAUTH": "!"}
+    assert run.chain.program == "qmail-smtpd"
+
+
 # Variables
 
 
@@ -89,6 +97,7 @@ def test_scripts_that_are_not_understood_at_all(script: str) -> None:
     [
         "export A='x y'",
         "A='x y'; export A",
+        "readonly A='x y'; export A",
         "export A\nA='x y'\nexport A",
         "A=old\nexport A\nA='x y'",
         "set -a\nA='x y'",

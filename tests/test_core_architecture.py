@@ -17,7 +17,7 @@ import pytest
 
 from qmail_smtpd_py import qmail_queue, reply
 from qmail_smtpd_py.reply import Reply
-from qmail_smtpd_py.session import VERBS, Session
+from qmail_smtpd_py.session import _UNKNOWN, VERBS, Session
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "qmail_smtpd_py"
@@ -217,7 +217,36 @@ def test_the_program_reads_its_environment_in_one_place() -> None:
 
 @pytest.mark.parametrize("module", [*modules_of(*BELOW_MAIN), "smtpd"])
 def test_no_global_state(module: str) -> None:
-    assert not [node for node in ast.walk(tree(module)) if isinstance(node, ast.Global)]
+    """No function assigns to a global name, or changes what stands behind one of its module."""
+    globals_ = {
+        name.id
+        for statement in tree(module).body
+        if isinstance(statement, (ast.Assign, ast.AnnAssign))
+        for name in ast.walk(statement)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+    }
+    for function in functions(module):
+        for node in ast.walk(function):
+            assert not isinstance(node, ast.Global), f"line {node.lineno}"
+            assert changed_by(node) not in globals_, f"line {node.lineno}"
+
+
+CHANGES = {
+    *("append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse"),
+    *("popitem", "setdefault", "update", "add", "discard"),
+}
+"""The methods that change a list, a dict or a set."""
+
+
+def changed_by(node: ast.AST) -> str | None:
+    """The name of what is changed in its place: by `x[...] = `, `del x[...]` or `x.append()`."""
+    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+        changed = node.value
+    elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) in CHANGES:
+        changed = node.func.value
+    else:
+        return None
+    return changed.id if isinstance(changed, ast.Name) else None
 
 
 def test_only_the_session_changes_the_session() -> None:
@@ -276,6 +305,14 @@ def test_every_verb_and_check_of_the_session_is_in_the_table() -> None:
     in_table = {check for checks, _ in VERBS.values() for check in checks}
     checks = {value for name, value in vars(Session).items() if name.startswith("_check_")}
     assert checks == in_table
+    verbs = {value for value in vars(Session).values() if is_verb(value)}
+    assert verbs == {obey for _, obey in (*VERBS.values(), _UNKNOWN)}
+
+
+def is_verb(member: object) -> bool:
+    """Whether it is a method that takes a command's argument and returns a reply."""
+    types = getattr(member, "__annotations__", {})
+    return types == {"argument": "bytes", "return": "Reply"}
 
 
 # Size

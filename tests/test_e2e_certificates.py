@@ -158,6 +158,14 @@ def test_listed_client_may_relay(certified, tmp_path, listed, ask):
     assert service.event("tls")["cert"] == EMAIL
 
 
+def test_address_counts_however_it_is_written(certified, tmp_path, clients_authority):
+    """In tlsclients it is in upper case, in the certificate in mixed case."""
+    mixed = Certificate("gateway", issuer=clients_authority, email=EMAIL.title())
+    service = certified()
+    assert "250 ok" in ask_by_s_client(service, *files(tmp_path, mixed))
+    assert service.event("tls")["cert"] == EMAIL.title()
+
+
 def test_message_of_a_listed_client(certified, home, tmp_path, letter, listed):
     cert, key = files(tmp_path, listed)
     options = ["--ssl-reqd", "--insecure", "--cert", cert, "--key", key]

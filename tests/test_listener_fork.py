@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import select
+import socket
 import subprocess
 import sys
 
 import pytest
+from listener.listening import PATIENCE, children
+
+from qmail_smtpd_py import rehearsal
+from qmail_smtpd_py.control import ControlFiles
+from qmail_smtpd_py.smtpd import Resources
+from qmail_smtpd_py.tcpenviron import LookUps
+from qmail_smtpd_py.worker import Service
 
 NUMBERS = """
 import os, sys
@@ -57,3 +68,26 @@ print(registered)
         [sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True
     )
     assert found.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("what", ["os.fork", "_stage"], ids=["no process", "no session"])
+def test_of_a_rehearsal_that_fails_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(f"qmail_smtpd_py.rehearsal.{what}", fails)
+    before = os.listdir("/proc/self/fd"), children(os.getpid())
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        rehearsal.rehearse(Service({}, [], Resources(ControlFiles()), LookUps()))
+    assert (os.listdir("/proc/self/fd"), children(os.getpid())) == before
+
+
+def test_the_end_of_its_client_is_the_end_of_a_rehearsal() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = taken.getsockname()
+    with rehearsal._client_of(address) as lifeline:
+        hung_up = select.poll()
+        hung_up.register(lifeline, select.POLLHUP)
+        assert hung_up.poll(PATIENCE * 1000) == [(lifeline, select.POLLHUP)]

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from conformance.words import Words
 from listener.listening import PATIENCE, Helping, Tcp, children, eventually
 from listener.mail import authenticate, begin_message, quit_, send_message, start_tls
 from listener.peers import Tcpserver
+
+from qmail_smtpd_py import handover
 
 pytestmark = pytest.mark.tls
 pytest_plugins = ["listener.fixtures"]
@@ -231,6 +234,18 @@ def test_a_helper_that_does_not_answer(mx: Stage, tmp_path: Path) -> None:
             quit_(client)
             assert program.wait() == 0
     assert b": timed out; doing TLS ourselves" in program.log
+
+
+def test_the_program_has_time_to_tell_its_client() -> None:
+    """However much of the time was left for what it handed over."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.settimeout(0.001)
+        program = threading.Timer(0.2, ours.sendall, [handover.GO])
+        program.start()
+        assert handover.may_begin(theirs)
+        program.join()
+        assert ours.recv(2) == handover.READY
 
 
 # When something breaks

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conformance.program import Program
 from conformance.stage import Stage
-from listener.listening import Listening
+from listener.listening import Helping, Listening
 from listener.mail import quit_, send_message, start_tls
 from listener.peers import compile_rules
 
 pytest_plugins = ["listener.fixtures"]
+
+DOMAINS = (b"example.org", b"example.net")
 
 
 def test_changes_are_seen_by_the_next_connection_of_the_same_worker(mx: Stage) -> None:
@@ -45,6 +48,24 @@ def test_changes_are_seen_by_the_next_connection_of_the_same_worker(mx: Stage) -
         assert third.command(b"RCPT TO:<u@example.org>") == "250 ok"
         assert third.command(b"QUIT") == "221 new.example.org"
         assert len({worker for worker, _ in listener.ends(3)}) == 1
+
+
+@pytest.mark.tls
+def test_changes_are_seen_by_the_next_session_that_is_handed_over(mx: Stage) -> None:
+    path = mx.home / "helper"
+    mx.environment({"TLSHELPER": str(path)})
+    with Helping(mx, path, "-c", "1") as helper:
+        for domain in (b"example.org", b"example.net", b"example.org"):
+            mx.control({"rcpthosts": domain.decode() + "\n"})
+            with Program(mx) as program:
+                client = program.client
+                assert client.reply() == "220 mx.example.org ESMTP"
+                start_tls(client)
+                client.command(b"MAIL FROM:<a@client.example.com>")
+                said = [client.command(b"RCPT TO:<u@%s>" % name) or "" for name in DOMAINS]
+                quit_(client)
+            assert [reply[:3] == "250" for reply in said] == [name == domain for name in DOMAINS]
+        assert len({worker for worker, _ in helper.ends(3)}) == 1
 
 
 def may_relay(listener: Listening, certificate: str = "client-alice.pem") -> bool:

@@ -274,6 +274,75 @@ def test_a_restart_is_to_the_program_that_is_there_now(mx: Stage, tmp_path: Path
         quit_(listener.greeted())
 
 
+TROUBLE = """
+import builtins, os
+
+to_come = [{number}]
+
+def come(when):
+    if when == {when!r} and to_come:
+        os.kill(os.getpid(), to_come.pop())
+
+def opened(path, *rest, real=open):
+    if path == "/proc/self/cmdline":
+        come("early")
+    return real(path, *rest)
+
+def execve(path, *rest, real=os.execve):
+    come("late")
+    real(path if {works} else "/nonexistent", *rest)
+
+builtins.open, os.execve = opened, execve
+"""
+
+
+def troubled(directory: Path, works: bool, number: int = 0, when: str = "") -> tuple[str, ...]:
+    """What starts a listener whose restart works, or finds no program; a signal comes as soon as it
+    has begun, or when the program is about to be executed.
+    """
+    *words, path = program()
+    first, _, rest = Path(path).read_text().replace("__file__", repr(path)).partition("\n")
+    launcher = directory / "launcher"
+    trouble = TROUBLE.format(number=int(number), when=when, works=works)
+    launcher.write_text(f"{first}\n{trouble}{rest}")
+    launcher.chmod(0o755)
+    return (*words, str(launcher))
+
+
+def test_a_restart_that_fails_is_told_and_changes_nothing(mx: Stage, tmp_path: Path) -> None:
+    with Listening(mx, command=troubled(tmp_path, works=False)) as listener:
+        old = listener.greeted()
+        for count in (1, 2):
+            listener.signal(signal.SIGUSR2)
+            why = "cannot restart: .*No such file or directory"
+            listener.log.wait_for(rf"^qmail-smtpd-listen: warning: {why}", count)
+            new = listener.greeted()
+            send_message(new)
+            quit_(new)
+        send_message(old)
+        quit_(old)
+        listener.signal(signal.SIGTERM)
+        assert listener.wait() == 0
+    *later, before = mx.deliveries()
+    assert [delivery.descriptors.keys() for delivery in later] == [before.descriptors.keys()] * 2
+
+
+@pytest.mark.parametrize("works", [True, False], ids=["works", "fails"])
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_a_signal_in_the_middle_of_a_restart_is_heeded(
+    mx: Stage, tmp_path: Path, when: str, works: bool
+) -> None:
+    """Once: a second TERM would cut the session."""
+    with Listening(mx, command=troubled(tmp_path, works, signal.SIGTERM, when)) as listener:
+        client = listener.greeted()
+        listener.signal(signal.SIGUSR2)
+        listener.log.wait_for(r": stopping: ")
+        assert is_refused(listener)
+        send_message(client)
+        quit_(client)
+        assert listener.wait() == 0
+
+
 def test_the_limit_holds_through_a_restart(mx: Stage) -> None:
     with Listening(mx, "-c", "2") as listener:
         old = [listener.greeted() for _ in range(2)]

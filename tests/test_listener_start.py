@@ -299,11 +299,15 @@ def activated(server: socket.socket, sockets: int = 1) -> tuple[str, ...]:
     return (sys.executable, "-IS", "-c", ACTIVATE, str(server.fileno()), str(sockets))
 
 
-def test_a_socket_that_is_there_already(mx: Stage) -> None:
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_socket_that_is_there_already(mx: Stage, restarts: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         before = activated(server)
         with Listening(mx, port=0, before=before, pass_fds=[server.fileno()]) as listener:
             assert listener.port == server.getsockname()[1]
+            for _ in range(restarts):
+                listener.signal(signal.SIGUSR2)
+                listener.log.wait_for(r": restarting$")
             client = listener.greeted()
             send_message(client)
             quit_(client)

@@ -197,6 +197,20 @@ def test_a_client_that_trickles(host: Stage, is_message: bool) -> None:
         nothing_was_queued(host)
 
 
+def test_who_is_too_slow_gets_the_replies_to_what_was_whole(host: Stage) -> None:
+    """Each piece ends a command and begins another; so does the one that was too late."""
+    host.control({"timeoutsmtpd": "2\n", "minrate": "1000\n"})
+    with Program(host) as program:
+        client = greeted(program)
+        client.send(b"NOO")
+        while not client.received:
+            client._take(time.monotonic() + 0.25)
+            client.send(b"P\r\nNOO")
+            assert client.reply() == "250 ok"
+        assert client.reply() == "421 too slow, goodbye (#4.4.2)"
+        ended(program, "too slow, goodbye (#4.4.2)")
+
+
 def test_who_comes_to_an_end_was_not_too_slow(host: Stage) -> None:
     """The last octets may be as late as any, and what is typed in a hurry need not be long."""
     host.control({"timeoutsmtpd": "2\n", "minrate": "1000\n"})

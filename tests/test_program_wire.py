@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -130,6 +131,38 @@ def test_a_worker_looks_up_while_it_waits(line: Open) -> None:
     assert end.looks >= 4
 
 
+def test_a_look_is_a_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first wait of a worker is one in read(2); what is left is for those that follow."""
+    monkeypatch.setattr(workerwire, "LOOK_SECONDS", LOOK)
+    monkeypatch.setattr(workerwire, "_TIMEVAL", struct.pack("@ll", 0, int(LOOK * 1e6)))
+    waits = []
+
+    class Impatient(SocketWire):
+        def _waits(self, descriptor: int, event: int, seconds: float) -> bool:
+            waits.append(seconds)
+            return False
+
+    silent, ours = socket.socketpair()
+    with silent, ours, pytest.raises(TimedOut):
+        Impatient(ours, 10, lambda: None).read()
+    assert waits == [pytest.approx(10 - LOOK)]
+
+
+def test_what_was_said_to_be_there_and_is_not_is_waited_for(line: Open) -> None:
+    """poll(2) may err, or another process that has the descriptor may have been faster."""
+    end = line()
+    waits = end.wire._waits
+
+    def hasty(descriptor: int, event: int, seconds: float) -> bool:
+        end.wire._waits = waits  # type: ignore[method-assign]
+        threading.Timer(LOOK, end.client.write, [b"NOOP\r\n"]).start()
+        return True
+
+    os.set_blocking(end.read_fd, False)
+    end.wire._waits = hasty  # type: ignore[method-assign]
+    assert end.wire.read() == b"NOOP\r\n"
+
+
 def test_each_read_has_the_whole_time(line: Open) -> None:
     end = line(1.0)
 
@@ -149,6 +182,29 @@ def test_a_client_that_takes_nothing_times_out(line: Open) -> None:
     with pytest.raises(TimedOut):
         for _ in range(64):  # buffers of TCP grow, but not for ever
             end.wire.write(LARGE)
+
+
+def test_a_client_that_takes_slowly_has_no_more_time_than_one_that_takes_nothing(
+    line: Open,
+) -> None:
+    """Each octet that it takes makes room for one, but a write ends in time or not at all."""
+    end = line(0.5)
+    enough = threading.Event()
+
+    def sip() -> None:
+        while not enough.wait(0.02):
+            with contextlib.suppress(TimeoutError):
+                end.client.read(time.monotonic())
+
+    reader = threading.Thread(target=sip)
+    reader.start()
+    try:
+        with pytest.raises(TimedOut):
+            for _ in range(8):
+                end.wire.write(LARGE)
+    finally:
+        enough.set()
+        reader.join()
 
 
 class Farewell:
