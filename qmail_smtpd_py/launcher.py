@@ -125,7 +125,7 @@ sys.path += {path!r}
 try:
     from {package}.{main} import main
     status = main()
-except (ImportError, MemoryError, OSError, SystemError) as error:
+except Exception as error:
     print("{name}: fatal: %r; is the memory limit too low?" % error, file=sys.stderr)
     status = 111
 sys.exit(status)

@@ -17,6 +17,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 
 from .certificates import TlsError
 from .channel import ClientChannel
@@ -35,13 +36,18 @@ if TYPE_CHECKING:
 TIMES = 16
 """The interpreter specialises code that has run some eight times."""
 
-_SECONDS = 10.0  # for a session that takes some milliseconds
+_SECONDS = 5  # for sessions that take some milliseconds each
 
 _KEPT = (b"QMAILHOME", b"SMTPAUTH", b"TLSCIPHERS", b"TLSTICKETS")
 
 _NO_PROGRAM = os.fsencode(os.devnull)
 
-_ENVIRON = {b"FORCETLS": b"0", b"SMTPD_GREETDELAY": b"0", b"QMAILQUEUE": _NO_PROGRAM}
+_ENVIRON = {
+    b"FORCETLS": b"0",
+    b"QMAILQUEUE": _NO_PROGRAM,
+    b"SMTPD_GREETDELAY": b"0",
+    b"TIMEOUTSESSION": b"%d" % _SECONDS,
+}
 
 _HELLO = b"EHLO localhost\r\n"
 _MESSAGE = b"Subject: a rehearsal\r\n\r\n..\r\n.\r\n"
@@ -49,15 +55,20 @@ _MESSAGE = b"Subject: a rehearsal\r\n\r\n..\r\n.\r\n"
 
 def rehearse(service: Service) -> None:
     """Hold some sessions with ourselves, in a qmail home; raises OSError where there is no loopback
-    interface.  What goes wrong in a session will do so with real clients, and be told to them and
-    the log: here it does not matter.
+    interface, or they take too long: nobody is served meanwhile, and no signal heeded.
+
+    What goes wrong in a session will do so with real clients, and be told to them and the log: here
+    it does not matter.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener, open(os.devnull, "wb") as sink:
         listener.setblocking(False)
         nowhere = sink.fileno()
         with _client_of(listener.getsockname()) as lifeline, logging_to(nowhere):
             stage = _stage(service)
+            until = time.monotonic() + _SECONDS
             for _ in range(TIMES):
+                if time.monotonic() > until:
+                    raise TimeoutError
                 _look_up(service.rules)
                 place = Place(Board(1), 0, os.getppid(), nowhere, lifeline, 0, 1)
                 Worker(stage, listener, place, 1, _SECONDS).run()

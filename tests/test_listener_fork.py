@@ -8,6 +8,8 @@ import select
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from listener.listening import PATIENCE, children
@@ -82,6 +84,28 @@ def test_of_a_rehearsal_that_fails_nothing_is_left(
     with pytest.raises(OSError, match="temporarily unavailable"):
         rehearsal.rehearse(Service({}, [], Resources(ControlFiles()), LookUps()))
     assert (os.listdir("/proc/self/fd"), children(os.getpid())) == before
+
+
+def test_a_rehearsal_that_comes_to_nothing_takes_no_longer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its client says nothing: there is an end to each session, and to all of them."""
+
+    def say_nothing(address: tuple[str, int]) -> None:
+        with socket.create_connection(address):
+            time.sleep(10 * PATIENCE)
+
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / "me").write_text("mx.example.org\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rehearsal, "_play_client", say_nothing)
+    monkeypatch.setattr(rehearsal, "_SECONDS", 1)
+    monkeypatch.setitem(rehearsal._ENVIRON, b"TIMEOUTSESSION", b"1")
+    environ = {b"QMAILHOME": os.fsencode(tmp_path)}
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        rehearsal.rehearse(Service(environ, [], Resources(ControlFiles()), LookUps()))
+    assert time.monotonic() - began < PATIENCE
 
 
 def test_the_end_of_its_client_is_the_end_of_a_rehearsal() -> None:
