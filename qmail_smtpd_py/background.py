@@ -36,14 +36,17 @@ def detach(options: Options, keep: int) -> None:
 
 
 def _check_pid_file(path: str | None) -> None:
-    """Raises StartError where the file has the process id of a listener that runs."""
+    """Raises StartError where the file has the process id of a listener that runs, and has it from
+    there: after a restart of the system the process may be another one.
+    """
     pid = _pid_in(path)
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            runs = NAME.encode() in file.read()
+        with open(f"/proc/{pid}/cmdline") as file:
+            command_line = file.read()
     except OSError:
         return
-    if runs:
+    names = {os.path.basename(word.rpartition("=")[2]) for word in command_line.split("\0")}
+    if NAME in command_line and os.path.basename(path or "") in names:
         raise StartError(f"{path} is there, and process {pid} runs")
 
 
@@ -59,7 +62,7 @@ def remove_pid_file(path: str | None) -> None:
 def _pid_in(path: str | None) -> int:
     """The process id in a pid file; 0 if there is none."""
     try:
-        with open(path or os.devnull) as file:
+        with open(path or os.devnull, opener=_open_plainly) as file:
             return int(file.read())
     except (OSError, ValueError):
         return 0
@@ -67,7 +70,17 @@ def _pid_in(path: str | None) -> int:
 
 def _open_to_append(path: str) -> int:
     try:
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = _open_plainly(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     except OSError as error:
         who = f"(uid {os.geteuid()})"
         raise StartError(f"cannot write {path}: {error.strerror} {who}") from None
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def _open_plainly(path: str, flags: int) -> int:
+    """Open a file by no link, and a named pipe without waiting for its other end.
+
+    The directory may be that of -u, and we may be root.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)

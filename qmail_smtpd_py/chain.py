@@ -181,7 +181,7 @@ class Chain:
         flags, rest = getopt.getopt(words, "a:c:d:f:l:m:o:p:r:s:t:")
         for flag, value in flags:
             for resource in _SOFTLIMITS.get(flag[1:], ()):
-                if value.isdigit():
+                if value.isdecimal():
                     self.limits[resource] = int(value)
         return rest
 
@@ -221,7 +221,7 @@ class Chain:
         self.logs_by_itself = {"--daemon", "--log-file"} <= self.server_flags
         if not self.helper:
             self.host, port = (*rest[:2], "", "")[:2]
-            self.port = PORTS.get(port, int(port) if port.isdigit() else None)
+            self.port = PORTS.get(port, int(port) if port.isdecimal() else None)
             if self.port is None:
                 self._note(f"port {port or '(none)'} is not known")
             rest = rest[2:]
@@ -252,7 +252,7 @@ class Chain:
             self.uid = self._id("-u", environ.get("UID", "$UID"))
             self.gid = self._id("-g", environ.get("GID", "$GID"))
         elif flag == "-c":
-            self.concurrency = int(value) if value.isdigit() else self.concurrency
+            self.concurrency = int(value) if value.isdecimal() else self.concurrency
         elif flag == "-l":
             self.local_host = value
         elif flag == "-x":
@@ -265,7 +265,7 @@ class Chain:
             self.files[flag] = os.path.normpath(os.path.join(self.directory, value))
 
     def _id(self, flag: str, value: str) -> int | None:
-        if value.isdigit():
+        if value.isdecimal():
             return int(value)
         self.odd_ids.append((flag, value))
         return None

@@ -109,7 +109,7 @@ try:
     reply = b""
     status = main()
 except Exception as error:
-    why = "%s (uid %d): may it not read the program, or is the memory limit too low?"
+    why = "%s (uid %d): can it not read the program, or is the memory limit too low?"
     why %= (type(error).__name__, geteuid())
     write(2, ('{name}[%d]: error why="%s"\\n' % (getpid(), why)).encode())
     write(1, reply)
@@ -125,10 +125,14 @@ sys.path += {path!r}
 try:
     from {package}.{main} import main
     status = main()
-except Exception as error:
-    print("{name}: fatal: %r; is the memory limit too low?" % error, file=sys.stderr)
-    status = 111
-sys.exit(status)
+except (ImportError, LookupError, MemoryError, SystemError) as error:
+    why = type(error).__name__ + "; is the memory limit too low?"
+except OSError as error:
+    why = str(error)
+else:
+    sys.exit(status)
+print("{name}: fatal:", why, file=sys.stderr)
+sys.exit(111)
 """
 
 

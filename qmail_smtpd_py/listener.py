@@ -204,21 +204,23 @@ class Listener:
 
         The workers that are there end after the connection that they serve.
         """
-        with open("/proc/self/cmdline", "rb") as file:  # with the interpreter's own options
-            words = file.read().split(b"\0")[:-1]
-        heritage = self._heritage.leave(self._socket, pool.workers)
-        pool.replace_all()
         self._tell("restarting")
+        here = os.open(".", os.O_PATH)  # it may have no name any more
         # Until the new one has handlers, what comes would end it: it is to wait instead.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         while self._signals:
             os.kill(os.getpid(), self._signals.pop())  # and so is what came a moment ago
-        here = os.getcwd()
         try:
+            with open("/proc/self/cmdline", "rb") as file:  # with the interpreter's own options
+                words = file.read().split(b"\0")[:-1]
             os.chdir(self._directory)
+            open(sys.argv[0]).close()  # or the interpreter would not find it, and end us
+            heritage = self._heritage.leave(self._socket, pool.workers)
+            pool.replace_all()
             os.execve(sys.executable, words, {**self._environ, **heritage})
         except OSError as error:
-            os.chdir(here)
+            os.fchdir(here)
+            os.close(here)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             self._socket.set_inheritable(False)
             what = f"{error.filename or sys.executable}: {error.strerror} (uid {os.geteuid()})"
@@ -262,6 +264,8 @@ def _cause(error: Exception) -> str:
     """What may be told of an exception: what it is a sign of, or else where the defect is."""
     if isinstance(error, (ImportError, MemoryError, SystemError)):
         return log.OUT_OF_MEMORY
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return log.where(error)
 
 

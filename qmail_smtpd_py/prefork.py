@@ -167,7 +167,7 @@ class Place:
             try:
                 os.write(self._notify, b".")
             except OSError:
-                pass  # full: it will look anyway
+                pass  # full, or ours was restarted: it looks anyway, or need not
 
     def idle(self) -> None:
         """The connection is over."""

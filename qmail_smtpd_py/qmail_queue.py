@@ -71,6 +71,8 @@ _CANNOT_EXEC = 120
 
 _RESET_SIGNALS = (SIGPIPE, SIGXFSZ)  # which the interpreter ignores
 
+_NO_PROCESS = (11, 12)  # EAGAIN and ENOMEM of fork(2)
+
 _PIECE = 32768
 _REAP_SECONDS = 1.0
 
@@ -127,7 +129,7 @@ def open_delivery(
     finally:
         _close(message_out, envelope_out, *text[1:])
     delivery = QueueDelivery(pid, message_in, envelope_in, trouble, left, *text[:1])
-    if isinstance(trouble, BlockingIOError):  # EAGAIN of fork(2)
+    if trouble and trouble.errno in _NO_PROCESS:
         delivery.cancel()
         return None
     return delivery

@@ -28,7 +28,7 @@ from .worker import Service, Worker, logging_to
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from typing import NoReturn
 
     from .tcprules import Rules
@@ -60,10 +60,14 @@ def rehearse(service: Service) -> None:
     What goes wrong in a session will do so with real clients, and be told to them and the log: here
     it does not matter.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener, open(os.devnull, "wb") as sink:
+    server = socket.create_server(("127.0.0.1", 0), backlog=TIMES)
+    with server as listener, open(os.devnull, "wb") as sink:
         listener.setblocking(False)
         nowhere = sink.fileno()
-        with _client_of(listener.getsockname()) as lifeline, logging_to(nowhere):
+        # Now: whoever finds the port, and connects, is behind all of these in the queue.
+        address = listener.getsockname()
+        connections = [socket.create_connection(address, _SECONDS) for _ in range(TIMES)]
+        with _client_of(connections) as lifeline, logging_to(nowhere):
             stage = _stage(service)
             until = time.monotonic() + _SECONDS
             for _ in range(TIMES):
@@ -75,13 +79,19 @@ def rehearse(service: Service) -> None:
 
 
 @contextlib.contextmanager
-def _client_of(address: tuple[str, int]) -> Iterator[int]:
-    """A child that is the client, and the end of a pipe that hangs up when it has ended."""
+def _client_of(connections: Sequence[socket.socket]) -> Iterator[int]:
+    """A child that is the client of connections, and the end of a pipe that hangs up when it has
+    ended.
+    """
     lifeline, held = os.pipe()
     with open(lifeline, "rb", 0), open(held, "wb", 0) as its_own:
-        client = os.fork()
-        if not client:
-            _play_client(address)
+        try:
+            client = os.fork()
+            if not client:
+                _play_client(connections)
+        finally:
+            for connection in connections:
+                connection.close()
         its_own.close()
         try:
             yield lifeline
@@ -112,12 +122,12 @@ def _look_up(rules: Rules | None) -> None:
         pass  # the log tells of it when somebody connects
 
 
-def _play_client(address: tuple[str, int]) -> NoReturn:
-    """Be the client of so many sessions."""
+def _play_client(connections: Sequence[socket.socket]) -> NoReturn:
+    """Be the client of so many sessions, one after the other."""
     try:
         signal.set_wakeup_fd(-1)  # the parent's
-        for _ in range(TIMES):
-            with socket.create_connection(address, _SECONDS) as connection:
+        for connection in connections:
+            with connection:
                 _Client(connection).converse()
     finally:
         os._exit(0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 
 from .wire import PIECE, Wire
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 5
 """How long a wait lasts before the worker looks up."""
 
-_TIMEVAL = struct.pack("@ll", LOOK_SECONDS, 0)
+# 66 is the option for a struct timeval of 64 bits, where long has 32 (asm-generic/socket.h).
+_TIMEVAL = struct.pack("@qq" if socket.SO_RCVTIMEO == 66 else "@ll", LOOK_SECONDS, 0)
 
 
 class WatchfulWire(Wire):
@@ -32,7 +34,18 @@ class WatchfulWire(Wire):
         self, read_fd: int, write_fd: int, timeout: float, look: Callable[[], object]
     ) -> None:
         self._look = look
+        self._look_at = time.monotonic() + LOOK_SECONDS
         super().__init__(read_fd, write_fd, timeout)
+
+    def _read_piece(self, seconds: float) -> bytes:
+        self._look_if_due()
+        return super()._read_piece(seconds)
+
+    def _look_if_due(self) -> None:
+        """Look up between two reads, where the client never lets it wait for so long."""
+        if self._read_since > self._look_at:
+            self._look_at = self._read_since + LOOK_SECONDS
+            self._look()
 
     def _waits(self, descriptor: int, event: int, seconds: float) -> bool:
         while seconds > LOOK_SECONDS:
@@ -58,6 +71,7 @@ class SocketWire(WatchfulWire):
         """There is nothing to restore."""
 
     def _read_piece(self, seconds: float) -> bytes:
+        self._look_if_due()
         if seconds > LOOK_SECONDS:
             try:
                 return os.read(self._read_fd, PIECE)

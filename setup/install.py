@@ -121,7 +121,7 @@ def install(prefix: Path, destdir: str) -> None:
     """Install below the prefix; raises Failure."""
     os.umask(0o022)
     if not _PLAIN.fullmatch(str(prefix)):
-        raise Failure(f"{prefix}: run files, units and hooks could not name it: no blanks")
+        raise Failure(f"{prefix}: run files, units and hooks could not name it")
     target = Path(f"{destdir}{prefix}")
     installed = Installed(target)
     before = set(installed.digests)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conformance.stage import Stage
 from listener.daemon import Daemon
-from listener.listening import ADDRESS, refusal, wait_for_death
+from listener.listening import ADDRESS, Listening, refusal, wait_for_death
 from listener.mail import begin_message, end_message, quit_
 
 pytest_plugins = ["listener.fixtures"]
@@ -58,6 +58,29 @@ def test_a_pid_file_of_nobody(mx: Stage, tmp_path: Path, content: str) -> None:
     with Daemon(mx, tmp_path) as daemon:
         assert f"{daemon.pid}\n" != content
         quit_(daemon.greeted())
+
+
+def test_a_pid_file_with_the_pid_of_another_listener(mx: Stage, tmp_path: Path) -> None:
+    with Listening(mx) as other:
+        (tmp_path / "pid").write_text(f"{other.pid}\n")
+        with Daemon(mx, tmp_path) as daemon:
+            quit_(daemon.greeted())
+
+
+@pytest.mark.parametrize("what", ["pid", "log"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_file_that_leads_elsewhere(mx: Stage, tmp_path: Path, what: str, kind: str) -> None:
+    """Its directory may be somebody else's."""
+    path, target = tmp_path / what, tmp_path / "target"
+    target.write_text("of root\n")
+    if kind == "link":
+        path.symlink_to(target)
+    else:
+        os.mkfifo(path)
+    status, text = refusal(mx, "--daemon", f"--{what}-file={path}", ADDRESS, "0")
+    assert status == 111
+    assert text.startswith(f"qmail-smtpd-listen: fatal: cannot write {path}: ")
+    assert target.read_text() == "of root\n"
 
 
 def test_a_restart(mx: Stage, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from listener.listening import PATIENCE, children
+from listener.listening import PATIENCE, children, listening_on
 
 from qmail_smtpd_py import rehearsal
 from qmail_smtpd_py.control import ControlFiles
@@ -91,9 +91,8 @@ def test_a_rehearsal_that_comes_to_nothing_takes_no_longer(
 ) -> None:
     """Its client says nothing: there is an end to each session, and to all of them."""
 
-    def say_nothing(address: tuple[str, int]) -> None:
-        with socket.create_connection(address):
-            time.sleep(10 * PATIENCE)
+    def say_nothing(connections: list[socket.socket]) -> None:
+        time.sleep(10 * PATIENCE)
 
     (tmp_path / "control").mkdir()
     (tmp_path / "control" / "me").write_text("mx.example.org\n")
@@ -108,10 +107,30 @@ def test_a_rehearsal_that_comes_to_nothing_takes_no_longer(
     assert time.monotonic() - began < PATIENCE
 
 
+def test_a_stranger_who_finds_the_port_of_a_rehearsal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And says nothing there: our own client is before it."""
+    strangers = []
+    stage = rehearsal._stage
+
+    def intrude(service: Service) -> Service:
+        (port,) = {port for _, port in listening_on(os.getpid())}
+        strangers.append(socket.create_connection(("127.0.0.1", port)))
+        return stage(service)
+
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / "me").write_text("mx.example.org\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rehearsal, "_stage", intrude)
+    environ = {b"QMAILHOME": os.fsencode(tmp_path)}
+    rehearsal.rehearse(Service(environ, [], Resources(ControlFiles()), LookUps()))
+    with strangers.pop() as stranger, pytest.raises(ConnectionResetError):
+        stranger.recv(1)
+
+
 def test_the_end_of_its_client_is_the_end_of_a_rehearsal() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = taken.getsockname()
-    with rehearsal._client_of(address) as lifeline:
+    with rehearsal._client_of([]) as lifeline:
         hung_up = select.poll()
         hung_up.register(lifeline, select.POLLHUP)
         assert hung_up.poll(PATIENCE * 1000) == [(lifeline, select.POLLHUP)]

@@ -7,8 +7,10 @@ import random
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
+import pytest
 from conformance.client import Client
 from conformance.program import ROOT
 from conformance.stage import Stage
@@ -222,8 +224,9 @@ def test_workers_that_die_at_birth_are_replaced_later_and_later(mx: Stage) -> No
         served_by(listener)
 
 
-def test_the_parent_is_killed(mx: Stage) -> None:
-    """Its port is free at once, although a session goes on to its end."""
+@pytest.mark.parametrize("talks", [False, True], ids=["silent", "talking"])
+def test_the_parent_is_killed(mx: Stage, talks: bool) -> None:
+    """Its port is free soon, although a session goes on to its end."""
     with Listening(mx) as listener:
         client = listener.greeted()
         begin_message(client)
@@ -232,7 +235,12 @@ def test_the_parent_is_killed(mx: Stage) -> None:
         listener.signal(signal.SIGKILL)
         for pid in workers - {busy}:
             wait_for_death(pid)
-        eventually(lambda: can_listen(listener.port), "the port is free")
+        deadline = time.monotonic() + PATIENCE
+        while not can_listen(listener.port):
+            assert time.monotonic() < deadline, "the port is not free"
+            if talks:
+                client.send(b"a line, and another\r\n")
+            time.sleep(0.1)
         with Listening(mx, port=listener.port) as successor:
             quit_(successor.greeted())
             end_message(client)

@@ -327,6 +327,22 @@ def test_a_restart_that_fails_is_told_and_changes_nothing(mx: Stage, tmp_path: P
     assert [delivery.descriptors.keys() for delivery in later] == [before.descriptors.keys()] * 2
 
 
+def test_a_restart_without_a_program_or_a_directory(mx: Stage, tmp_path: Path) -> None:
+    """The interpreter would find no program; and the qmail home may have no name any more."""
+    *words, path = program()
+    script = tmp_path / "launcher"
+    script.write_text(Path(path).read_text().replace("__file__", repr(path)))
+    script.chmod(0o755)
+    with Listening(mx, command=(*words, str(script))) as listener:
+        quit_(listener.greeted())
+        script.unlink()
+        mx.home.rename(tmp_path / "renamed")
+        listener.signal(signal.SIGUSR2)
+        listener.log.wait_for(r": warning: cannot restart: \S+launcher: No such file")
+        (tmp_path / "renamed").rename(mx.home)
+        quit_(listener.greeted())
+
+
 @pytest.mark.parametrize("works", [True, False], ids=["works", "fails"])
 @pytest.mark.parametrize("when", ["early", "late"])
 def test_a_signal_in_the_middle_of_a_restart_is_heeded(

@@ -237,7 +237,9 @@ def test_a_qmail_queue_that_is_slow_to_give_up_is_no_zombie_for_ever(host: Stage
         assert client.reply() == "554 too many hops, this message is looping (#5.4.6)"
         (slow,) = program.children
         Path(f"{path}.end").write_text("now\n")
+        deadline = time.monotonic() + 20
         while ") Z " not in Path(f"/proc/{slow}/stat").read_text():
+            assert time.monotonic() < deadline, "it does not end"
             time.sleep(0.01)
         begin_message(client)
         client.send(b"x\r\n.\r\n")

@@ -229,9 +229,10 @@ def test_a_client_that_takes_nothing_is_not_waited_for_at_the_end(line: Open) ->
     with pytest.raises(TimedOut):
         for _ in range(64):
             end.wire.write(LARGE)
+    end.wire.limit(60, 0)
     began = time.monotonic()
     end.wire.close()
-    assert time.monotonic() - began < SHORT
+    assert time.monotonic() - began < 20
 
 
 def test_a_client_that_takes_slowly_gets_everything(line: Open) -> None:
