@@ -99,8 +99,8 @@ class AuthFailures:
                 return act(descriptor, *_place(self._who, _key(descriptor)))
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            why = error.strerror or str(error)
+        except (OSError, ValueError, OverflowError) as error:  # a NUL in its name; an odd clock
+            why = getattr(error, "strerror", None) or str(error)
             name = os.fsdecode(self._path)
             self._tell(f"failed auth attempts not counted: {name}: {why} (uid {os.geteuid()})")
             return 0

@@ -29,6 +29,8 @@ _SIGNALS = (
     signal.SIGUSR2, signal.SIGCHLD,
 )  # fmt: skip
 
+_KILL_SECONDS = 3.0  # after which a worker that was to end is stopped, or stuck
+
 _LOOK_SECONDS = 1.0  # between two looks of the parent for what forks are to share
 
 
@@ -177,8 +179,9 @@ class Listener:
                 pool.replace_all()
             elif number == signal.SIGALRM:
                 _complain(f"status: {pool.board.busy}/{self._options.limit}")
-        if self._stop_at is not None and time.monotonic() > self._stop_at:
-            pool.signal_all(signal.SIGTERM)
+        late = 0.0 if self._stop_at is None else time.monotonic() - self._stop_at
+        if late > 0:
+            pool.signal_all(signal.SIGTERM if late < _KILL_SECONDS else signal.SIGKILL)
         if signal.SIGUSR2 in signals and self._stop_at is None:
             self._restart(pool)  # last, as it does not come back
 

@@ -11,6 +11,7 @@ lines of many processes do not mix.  docs/log.md lists the events.
 from __future__ import annotations
 
 import posix as os  # cheaper at start: see launcher.py
+import select
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,10 +52,17 @@ def write_line(line: str) -> None:
 
 
 def _write(line: bytes) -> None:
+    """Write a line, unless its reader is stuck: then it is lost, and the session goes on."""
     try:
-        os.write(DESCRIPTOR, line + b"\n")
+        if _takes_more.poll(_PATIENCE):
+            os.write(DESCRIPTOR, line + b"\n")
     except OSError:
         pass
+
+
+_PATIENCE = 1000  # milliseconds
+_takes_more = select.poll()
+_takes_more.register(DESCRIPTOR, select.POLLOUT)
 
 
 def text(octets: bytes) -> str:

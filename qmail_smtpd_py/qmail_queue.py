@@ -113,7 +113,7 @@ def open_delivery(
     `left` are the process ids of those that were given up and had not ended by then.  It is the
     caller's, as they may outlive the session, and is kept up here.
     """
-    left[:] = [pid for pid in left if not _has_ended(pid)]
+    reap(left)
     ends = _pipes(with_text)
     if ends is None:
         return None
@@ -161,6 +161,11 @@ def _start(
         )
     except ValueError as error:  # an environment that no process can have
         raise OSError(0, str(error)) from None
+
+
+def reap(left: list[int]) -> None:
+    """Take those that have ended out of a list of process ids, and out of the system's."""
+    left[:] = [pid for pid in left if not _has_ended(pid)]
 
 
 def _has_ended(pid: int) -> bool:

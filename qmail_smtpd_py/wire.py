@@ -53,7 +53,10 @@ class Wire:
         self._read_fd = read_fd
         self._write_fd = write_fd
         # Or a write could wait for a client that reads nothing.
-        self._was_blocking = os.get_blocking(write_fd)
+        try:
+            self._was_blocking = os.get_blocking(write_fd)
+        except OSError:  # it is closed, as the first write will tell
+            self._was_blocking = False
         if self._was_blocking:
             os.set_blocking(write_fd, False)
 

@@ -19,6 +19,7 @@ from _socket import socket as Socket  # what socket.socket is made of
 from . import handover, log
 from .handover import HandoverError
 from .proxyprotocol import Addresses, ProxyError, read_header
+from .qmail_queue import reap
 from .settings import TIMEOUT
 from .smtpd import serve
 from .tcpenviron import bare_ip, environment
@@ -104,6 +105,7 @@ class Worker:
                 try:
                     connection, remote = self._accept()
                 except BlockingIOError:  # nobody came, or another worker was faster
+                    reap(self._service.resources.left_queues)
                     continue
                 except OSError as error:
                     if error.errno in (errno.EINVAL, errno.EBADF):  # shut down, or given up
@@ -115,6 +117,7 @@ class Worker:
                 self._place.busy()
                 status = self._take(connection, remote)
                 self._place.idle()  # not if that failed: the parent is to see what it died of
+                reap(self._service.resources.left_queues)
                 if self._service.is_verbose:
                     self._service.complain(f"end {self._pid} status {status << 8}")
                     self._tell_status()

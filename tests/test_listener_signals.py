@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -14,9 +16,11 @@ from conformance.client import Client
 from conformance.stage import Stage
 from conformance.transport import SocketConnection
 from listener.listening import (
+    ADDRESS,
     PATIENCE,
     Listening,
     eventually,
+    octet_environment,
     program,
     wait_for_death,
 )
@@ -122,6 +126,38 @@ def test_sessions_are_cut_at_once(mx: Stage, signals: list[int]) -> None:
             listener.signal(number)
             listener.log.wait_for(r"stopping: 1 connection")
         cut(listener, mx, client)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+def test_the_end_where_a_worker_is_stopped(mx: Stage, number: int) -> None:
+    with Listening(mx, "--drain=0.5") as listener:
+        client = listener.greeted()
+        for worker in listener.workers:
+            os.kill(worker, signal.SIGSTOP)
+        listener.signal(number)
+        assert listener.wait() == 0
+        assert client.read_to_end() == b""
+
+
+def test_the_end_where_nobody_reads_the_log(mx: Stage) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, bytes(4096)):
+            pass
+    os.set_blocking(writer, True)
+    command = [*program(), "-1", "-v", "-R", "-H", ADDRESS, "0"]
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=writer, env=octet_environment(mx)
+    )
+    with started, open(reader, "rb"), open(writer, "wb"):
+        assert started.stdout
+        port = int(started.stdout.readline())
+        client = Client(SocketConnection(socket.create_connection((ADDRESS, port))))
+        assert client.reply() == "220 mx.example.org ESMTP"
+        started.terminate()
+        quit_(client)
+        assert started.wait(PATIENCE) == 0
 
 
 def test_signals_that_come_too_late_change_nothing(mx: Stage) -> None:

@@ -218,6 +218,14 @@ WRECKS: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    table = Table(Path(f"{tmp_path}/a\0b"))
+    table.add("192.0.2.7", 1)
+    assert not table.shuts_out("192.0.2.7")
+    assert len(table.told) == 2
+    assert all("embedded null" in told for told in table.told)
+
+
 @pytest.mark.parametrize(("wreck", "why"), WRECKS)
 def test_a_table_that_is_none_is_left_alone_and_refuses_nobody(
     tmp_path: Path, wreck: Callable[[Path], object], why: str

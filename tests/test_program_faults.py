@@ -6,6 +6,7 @@ whole was sent whole.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import random
@@ -315,6 +316,49 @@ def test_children_get_their_descriptors_and_no_others(host: Stage, tls: bool) ->
     assert delivery.descriptors.keys() == {0, 1, 2}
     for descriptors in (check.descriptors, delivery.descriptors):
         assert not [target for target in descriptors.values() if target.startswith("socket:")]
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe that takes no more: a logger that is stuck."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, bytes(4096)):
+            pass
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+def test_a_log_that_nobody_reads(host: Stage) -> None:
+    """Mail is worth more than its log."""
+    reader, writer = full_pipe()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(b"QUIT\r\n")
+        done = subprocess.run(
+            [*under_test(), *host.args],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=writer,
+            env=host.env,
+            timeout=20,
+            check=False,
+        )
+    os.close(reader)
+    os.close(writer)
+    assert done.returncode == 0
+
+
+def test_a_connection_that_is_none(host: Stage) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *under_test(), *host.args],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=host.env,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert logs.read_all(done.stderr)[-1].fields["why"] == "Bad file descriptor"
 
 
 def test_whoever_started_it_ignores_the_death_of_children(host: Stage) -> None:
