@@ -409,7 +409,14 @@ def test_memory_does_not_grow_with_the_message(home):
 
 
 def run_limited(home, message, limit):
-    """The exit status of a run whose interpreter may fail to start, with words of its own."""
+    """The exit status of a run whose interpreter may fail to start, with words of its own, or never
+    come to an end with that.
+    """
+
+    def confine():
+        resource.setrlimit(limit[0], (limit[1], limit[1]))
+        resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+
     with tempfile.TemporaryFile() as first, tempfile.TemporaryFile() as second:
         for file, octets in ((first, message), (second, ENVELOPE)):
             file.write(octets)
@@ -420,7 +427,7 @@ def run_limited(home, message, limit):
             stdout=second,
             stderr=subprocess.DEVNULL,
             cwd=home,
-            preexec_fn=lambda: resource.setrlimit(limit[0], (limit[1], limit[1])),
+            preexec_fn=confine,
         ).returncode
 
 

@@ -413,10 +413,12 @@ def test_too_little_memory_is_no_refusal(home):
     write_users(home, b"alice:" + password_hash(b"sesame", ln=14, p=5))
     seen = set()
     for limit in range(8 << 20, 200 << 20, 2 << 20):
-        done = check_alice(
-            home,
-            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-        )
+
+        def confine(limit=limit):
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            resource.setrlimit(resource.RLIMIT_CPU, (20, 20))  # the interpreter may find no end
+
+        done = check_alice(home, preexec_fn=confine)
         if done.returncode and b"checkpassword-users[" not in done.stderr:
             continue  # The shell or the interpreter could not start, and said so itself.
         assert done.returncode in (0, 111), (limit, done)
