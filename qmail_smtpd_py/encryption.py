@@ -8,6 +8,7 @@ log.  Loaded when a session first needs it.
 from __future__ import annotations
 
 import os
+import sys
 
 from . import certificates, log, reply
 from .certificates import TlsError
@@ -74,6 +75,8 @@ class Encryption:
         self._minimum = self._sources.line(b"TLSMINVERSION", "tlsminversion")
         try:
             if self._contexts:
+                if "OpenSSL.SSL" not in sys.modules:
+                    bytes(_ROOM_FOR_MANY)
                 self._context = self._contexts.get(self._policy())
             else:
                 bytes(_ROOM)  # or MemoryError, which is better told before all of it is loaded
@@ -181,6 +184,9 @@ _ROOM = 18 << 20
 """Octets of address space without which TLS can not be loaded (it takes some 22 MiB): a library
 that runs out of memory half way may crash, and then nobody is told why.
 """
+
+_ROOM_FOR_MANY = 24 << 20
+"""The same for a listener, whose interpreter may not even end where it runs out of memory."""
 
 _NOT_LOADED = (ImportError, MemoryError, OSError, RuntimeError, SystemError)
 """What importing a library raises where it is not there, or memory runs out."""
