@@ -41,8 +41,8 @@ def _check_pid_file(path: str | None) -> None:
     """
     pid = _pid_in(path)
     try:
-        with open(f"/proc/{pid}/cmdline") as file:
-            command_line = file.read()
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            command_line = os.fsdecode(file.read())
     except OSError:
         return
     names = {os.path.basename(word.rpartition("=")[2]) for word in command_line.split("\0")}

@@ -67,6 +67,15 @@ def test_a_pid_file_with_the_pid_of_another_listener(mx: Stage, tmp_path: Path) 
             quit_(daemon.greeted())
 
 
+def test_a_pid_file_with_the_pid_of_anything(mx: Stage, tmp_path: Path) -> None:
+    """Whose command line is no text."""
+    with subprocess.Popen([b"\xff", b"60"], executable="sleep") as other:
+        (tmp_path / "pid").write_text(f"{other.pid}\n")
+        with Daemon(mx, tmp_path) as daemon:
+            quit_(daemon.greeted())
+        other.kill()
+
+
 @pytest.mark.parametrize("what", ["pid", "log"])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_file_that_leads_elsewhere(mx: Stage, tmp_path: Path, what: str, kind: str) -> None:
