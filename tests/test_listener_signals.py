@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conformance import logs
 from conformance.client import Client
 from conformance.stage import Stage
 from conformance.transport import SocketConnection
@@ -140,24 +140,19 @@ def test_the_end_where_a_worker_is_stopped(mx: Stage, number: int) -> None:
 
 
 def test_the_end_where_nobody_reads_the_log(mx: Stage) -> None:
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while os.write(writer, bytes(4096)):
-            pass
-    os.set_blocking(writer, True)
     command = [*program(), "-1", "-v", "-R", "-H", ADDRESS, "0"]
-    started = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=writer, env=octet_environment(mx)
-    )
-    with started, open(reader, "rb"), open(writer, "wb"):
-        assert started.stdout
-        port = int(started.stdout.readline())
-        client = Client(SocketConnection(socket.create_connection((ADDRESS, port))))
-        assert client.reply() == "220 mx.example.org ESMTP"
-        started.terminate()
-        quit_(client)
-        assert started.wait(PATIENCE) == 0
+    with logs.nobody_reads() as log:
+        started = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, env=octet_environment(mx)
+        )
+        with started:
+            assert started.stdout
+            port = int(started.stdout.readline())
+            client = Client(SocketConnection(socket.create_connection((ADDRESS, port))))
+            assert client.reply() == "220 mx.example.org ESMTP"
+            started.terminate()
+            quit_(client)
+            assert started.wait(PATIENCE) == 0
 
 
 def test_signals_that_come_too_late_change_nothing(mx: Stage) -> None:

@@ -40,13 +40,13 @@ def base64(octets: bytes) -> bytes:
 PLAIN = b"AUTH PLAIN " + base64(b"\0joe\0secret")
 
 
-def greeted(program: Program, tls: bool = False) -> Client:
-    """The client, greeted, and under TLS if wanted."""
+def greeted(program: Program, tls: bool = False, version: str | None = None) -> Client:
+    """The client, greeted, and under TLS if wanted, of any version or a certain one."""
     client = program.client
     assert client.reply() == "220 mx.example.org ESMTP"
     if tls:
         assert client.command(b"STARTTLS") == "220 ready for tls"
-        assert client.start_tls() == "ok"
+        assert client.start_tls(min=version, max=version) == "ok"
     return client
 
 
@@ -165,9 +165,7 @@ def test_tls_that_ends_inside_a_message_queues_nothing(
     host: Stage, tail: bytes, version: str, notify: bool
 ) -> None:
     with Program(host) as program:
-        client = greeted(program)
-        assert client.command(b"STARTTLS") == "220 ready for tls"
-        assert client.start_tls(min=version, max=version) == "ok"
+        client = greeted(program, True, version)
         begin_message(client)
         client.send(b"Subject: cut\r\n\r\nhalf" + tail)
         if notify:
@@ -197,9 +195,7 @@ def test_tls_that_breaks_behind_a_command(
 ) -> None:
     """In one piece: what was said before counts, and the answer to it can not be given."""
     with Program(host) as program:
-        client = greeted(program)
-        assert client.command(b"STARTTLS") == "220 ready for tls"
-        assert client.start_tls(min=version, max=version) == "ok"
+        client = greeted(program, True, version)
         client.connection.write(client.encrypt(command) + broken)
         client.read_to_end()
         program.wait()

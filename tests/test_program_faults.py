@@ -6,7 +6,6 @@ whole was sent whole.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import random
@@ -318,34 +317,20 @@ def test_children_get_their_descriptors_and_no_others(host: Stage, tls: bool) ->
         assert not [target for target in descriptors.values() if target.startswith("socket:")]
 
 
-def full_pipe() -> tuple[int, int]:
-    """A pipe that takes no more: a logger that is stuck."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while os.write(writer, bytes(4096)):
-            pass
-    os.set_blocking(writer, True)
-    return reader, writer
-
-
 def test_a_log_that_nobody_reads(host: Stage) -> None:
     """Mail is worth more than its log."""
-    reader, writer = full_pipe()
     ours, theirs = socket.socketpair()
-    with ours, theirs:
+    with ours, theirs, logs.nobody_reads() as log:
         ours.sendall(b"QUIT\r\n")
         done = subprocess.run(
             [*under_test(), *host.args],
             stdin=theirs,
             stdout=theirs,
-            stderr=writer,
+            stderr=log,
             env=host.env,
             timeout=20,
             check=False,
         )
-    os.close(reader)
-    os.close(writer)
     assert done.returncode == 0
 
 

@@ -7,7 +7,10 @@ have been put there by a client.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _HEAD = re.compile(r"qmail-smtpd\[(\d+)\]: ([a-z]+)")
@@ -57,3 +60,16 @@ def _unquoted(value: str) -> str:
     if not value.startswith('"'):
         return value
     return _ESCAPE.sub(lambda code: chr(int(code[1], 16)), value[1:-1])
+
+
+@contextlib.contextmanager
+def nobody_reads() -> Iterator[int]:
+    """The descriptor of a log whose reader is stuck: a pipe that takes no more."""
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb"):
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(writer, bytes(4096)):
+                pass
+        os.set_blocking(writer, True)
+        yield writer
