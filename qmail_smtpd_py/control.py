@@ -35,7 +35,7 @@ def first_line(text: bytes | None) -> bytes | None:
 
 
 def entries(text: bytes | None) -> list[bytes] | None:
-    """The lines that are neither empty nor comments; None for a file that is not.
+    """The lines that are neither empty nor comments; None where there is no file.
 
     qmail: a NUL parts entries, and a line that begins with one is empty.
     """

@@ -74,12 +74,12 @@ class Encryption:
         self._ciphers = [chosen] if chosen else self._files.list("tlsserverciphers") or []
         self._minimum = self._sources.line(b"TLSMINVERSION", "tlsminversion")
         try:
+            if "OpenSSL.SSL" not in sys.modules:
+                # Or MemoryError, which is better told before all of it is loaded.
+                bytes(_ROOM_FOR_MANY if self._contexts else _ROOM)
             if self._contexts:
-                if "OpenSSL.SSL" not in sys.modules:
-                    bytes(_ROOM_FOR_MANY)
                 self._context = self._contexts.get(self._policy())
             else:
-                bytes(_ROOM)  # or MemoryError, which is better told before all of it is loaded
                 certificates.check()
         except _NOT_LOADED as error:
             self._log("error", {"why": f"TLS not available: {_why_not_loaded(error)}"})

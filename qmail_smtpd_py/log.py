@@ -29,6 +29,10 @@ _QUOTABLE = _PRINTABLE.translate(None, b'"\\')
 _CODING = "utf-8", "backslashreplace"
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 
+_PATIENCE = 1000  # milliseconds
+_takes_more = select.poll()
+_takes_more.register(DESCRIPTOR, select.POLLOUT)
+
 
 def format_line(event: str, fields: Mapping[str, object]) -> bytes:
     """The line for an event, without its line feed; fields that are None are left out."""
@@ -58,11 +62,6 @@ def _write(line: bytes) -> None:
             os.write(DESCRIPTOR, line + b"\n")
     except OSError:
         pass
-
-
-_PATIENCE = 1000  # milliseconds
-_takes_more = select.poll()
-_takes_more.register(DESCRIPTOR, select.POLLOUT)
 
 
 def text(octets: bytes) -> str:

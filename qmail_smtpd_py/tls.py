@@ -162,10 +162,8 @@ class Context:
             try:
                 certificates.read(DH_PARAMETERS)
                 self.ssl.load_tmp_dh(DH_PARAMETERS)
-            except SSL.Error as error:
-                self.warnings.append(f"{DH_PARAMETERS}: {reason(error)}")
-            except TlsError as error:
-                self.warnings.append(str(error))
+            except (TlsError, SSL.Error) as error:
+                self.warnings.append(_told_of(DH_PARAMETERS, error))
 
     def _ask_for_certificate(self) -> None:
         """Ask clients for a certificate of one of our authorities."""
@@ -175,11 +173,8 @@ class Context:
             certificates.read(CLIENT_AUTHORITIES)
             self.ssl.load_verify_locations(CLIENT_AUTHORITIES)
             self.ssl.load_client_ca(CLIENT_AUTHORITIES.encode())
-        except SSL.Error as error:
-            self.warnings.append(f"{CLIENT_AUTHORITIES}: {reason(error)}")
-            return
-        except TlsError as error:
-            self.warnings.append(str(error))
+        except (TlsError, SSL.Error) as error:
+            self.warnings.append(_told_of(CLIENT_AUTHORITIES, error))
             return
         if os.path.exists(REVOCATIONS):
             try:
@@ -206,6 +201,11 @@ class Context:
 
 
 _END_OF_LIST = b"-----END X509 CRL-----"
+
+
+def _told_of(path: str, error: Exception) -> str:
+    """What to tell of a file: our own words have its name, OpenSSL's have not."""
+    return str(error) if isinstance(error, TlsError) else f"{path}: {reason(error)}"
 
 
 def sort_ciphers(ciphers: Sequence[bytes]) -> tuple[list[bytes], list[bytes], list[bytes]]:

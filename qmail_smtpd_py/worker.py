@@ -99,13 +99,13 @@ class Worker:
             incoming.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
             incoming.register(self._place.lifeline, select.EPOLLHUP)
             while served < self._most and self._place.is_wanted and time.monotonic() < self._until:
+                reap(self._service.resources.left_queues)
                 woken = [descriptor for descriptor, _ in incoming.poll(IDLE_SECONDS, 2)]
                 if woken == [self._place.lifeline] or (not woken and self._place.leave_if_spare()):
                     return
                 try:
                     connection, remote = self._accept()
                 except BlockingIOError:  # nobody came, or another worker was faster
-                    reap(self._service.resources.left_queues)
                     continue
                 except OSError as error:
                     if error.errno in (errno.EINVAL, errno.EBADF):  # shut down, or given up
@@ -117,7 +117,6 @@ class Worker:
                 self._place.busy()
                 status = self._take(connection, remote)
                 self._place.idle()  # not if that failed: the parent is to see what it died of
-                reap(self._service.resources.left_queues)
                 if self._service.is_verbose:
                     self._service.complain(f"end {self._pid} status {status << 8}")
                     self._tell_status()
