@@ -377,6 +377,7 @@ def talk(home, arguments, *answers):
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["QMAILHOME"] = str(home)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored in the background of a shell
         os.execv(PROGRAM[0], [*PROGRAM, *arguments])
     seen = b""
     answers = list(answers)
