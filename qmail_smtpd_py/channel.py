@@ -29,14 +29,12 @@ class Channel:
     """One connection's TLS, on octets in memory.
 
     `ended` is empty until the peer ended TLS or broke it, and then says how; `notes` are complete
-    when the handshake is.  `context` is pyOpenSSL's.
+    when the handshake is.  `library` is OpenSSL.SSL, and `context` one of its contexts.
     """
 
-    def __init__(self, context: Any, is_client: bool = False) -> None:
-        from OpenSSL import SSL
-
-        self._errors = SSL
-        self._connection = SSL.Connection(context, None)
+    def __init__(self, library: Any, context: Any, is_client: bool = False) -> None:
+        self._errors = library
+        self._connection = library.Connection(context, None)
         self.notes = Notes()
         self._connection.set_app_data(self.notes)
         if is_client:
@@ -177,7 +175,7 @@ class ClientChannel(Channel):
     def __init__(self) -> None:
         from OpenSSL import SSL
 
-        super().__init__(SSL.Context(SSL.TLS_CLIENT_METHOD), is_client=True)
+        super().__init__(SSL, SSL.Context(SSL.TLS_CLIENT_METHOD), is_client=True)
 
 
 def reason(error: Exception) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
     from typing import TypeVar
 
+    Key = TypeVar("Key", bound=Hashable)
     Parsed = TypeVar("Parsed")
     Derived = TypeVar("Derived")
     Signature = tuple[int, ...]
@@ -64,11 +65,11 @@ class ControlFiles:
         finally:
             os.close(descriptor)
 
-    def derive(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
-        """What `make` makes of control files, and of what the key says, and of nothing else; raises
+    def derive(self, key: Key, make: Callable[[Key, ControlFiles], Derived]) -> Derived:
+        """What `make` makes of the key and of control files, and of nothing else; raises
         ControlError.  It may be kept as long as the files are the same.
         """
-        return make()
+        return make(key, self)
 
     def line(self, name: str) -> bytes | None:
         """The first line, or None if there is no such file; raises ControlError."""
@@ -129,9 +130,10 @@ class CachedControlFiles(ControlFiles):
 
     def refresh(self) -> None:
         """Forget what was read of files that have changed since."""
-        changed = [
-            name for name, known in self._signatures.items() if signature(DIRECTORY + name) != known
-        ]
+        changed = []
+        for name, known in self._signatures.items():
+            if signature(DIRECTORY + name) != known:
+                changed.append(name)
         directory = _settled_signature()
         if directory is None or directory != self._directory:
             changed += [name for name in self._absent if _has_entry(name)]
@@ -150,12 +152,12 @@ class CachedControlFiles(ControlFiles):
             value = self._values[name, parse] = super().load(name, parse)
         return value  # type: ignore[return-value]
 
-    def derive(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+    def derive(self, key: Key, make: Callable[[Key, ControlFiles], Derived]) -> Derived:
         value = self._derived.get(key, self)
         if value is self:
             if len(self._derived) >= _MOST_DERIVED:
                 self._derived.clear()
-            value = self._derived[key] = make()
+            value = self._derived[key] = make(key, self)
         return value  # type: ignore[return-value]
 
     def open(self, name: str) -> int | None:

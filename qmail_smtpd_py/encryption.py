@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .handover import Offer
     from .reply import Reply
     from .settings import Sources
-    from .tls import CachedContexts, Context, Policy
+    from .tls import CachedContexts, Context, Wishes
     from .wire import Wire
 
     Log = Callable[[str, Mapping[str, object]], None]
@@ -78,7 +78,7 @@ class Encryption:
                 # Or MemoryError, which is better told before all of it is loaded.
                 bytes(_ROOM_FOR_MANY if self._contexts else _ROOM)
             if self._contexts:
-                self._context = self._contexts.get(self._policy())
+                self._context = self._contexts.get(self._wishes())
             else:
                 certificates.check()
         except _NOT_LOADED as error:
@@ -131,12 +131,9 @@ class Encryption:
         if self._offer:
             raise HandedOver(self._offer.complete())
         try:
-            from . import tls
-            from .channel import Channel
-
-            context = self._context or tls.Context(self._policy())
+            context = self._context or self._new_context()
             self._warn(context.warnings)
-            self.channel = channel = Channel(context.ssl)
+            self.channel = channel = context.channel()
             try:
                 wire.start_tls(channel)
             finally:
@@ -157,12 +154,16 @@ class Encryption:
         for warning in warnings:
             self._log("error", {"why": warning})
 
-    def _policy(self) -> Policy:
-        """What the administrator wants; tickets are for processes that outlive a connection."""
-        from .tls import Policy
+    def _new_context(self) -> Context:
+        from .tls import Context, Policy
 
+        return Context(Policy(*self._wishes()))
+
+    def _wishes(self) -> Wishes:
+        """What the administrator wants; tickets are for processes that outlive a connection."""
         tickets = self._contexts is not None and self._environ.get(b"TLSTICKETS") != b"0"
-        return Policy(self._ciphers, self._minimum or None, self.asks_for_certificates(), tickets)
+        asks = self.asks_for_certificates()
+        return tuple(self._ciphers), self._minimum or None, asks, tickets
 
     def asks_for_certificates(self) -> bool:
         """Whether a client certificate could make a difference."""
@@ -180,7 +181,7 @@ class Encryption:
         return self.channel.certified_address([client.lower() for client in clients])
 
 
-_ROOM = 18 << 20
+_ROOM = 21 << 20
 """Octets of address space without which TLS can not be loaded (it takes some 22 MiB): a library
 that runs out of memory half way may crash, and then nobody is told why.
 """

@@ -36,7 +36,6 @@ class Unread:
         """Whether what is there starts with one of these."""
         return self._octets.startswith(starts, self._at)
 
-    @property
     def is_empty(self) -> bool:
         """Whether nothing is there, not even the start of a line."""
         return self._at == len(self._octets) and not self._too_long

@@ -165,7 +165,8 @@ def _start(
 
 def reap(left: list[int]) -> None:
     """Take those that have ended out of a list of process ids, and out of the system's."""
-    left[:] = [pid for pid in left if not _has_ended(pid)]
+    if left:
+        left[:] = [pid for pid in left if not _has_ended(pid)]
 
 
 def _has_ended(pid: int) -> bool:

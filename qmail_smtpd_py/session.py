@@ -48,12 +48,14 @@ LINE_LIMIT = 16384
 class Session:
     """One session; see the head of this file.
 
-    `exit_status` is what the program ends with: 0 after QUIT, 1 in every other case.
+    `exit_status` is what the program ends with: 0 after QUIT, 1 in every other case;
+    `is_half_sent` tells whether a command, or a message, is there in part and the rest is to come.
     """
 
     def __init__(self, connection: Connection, settings: Settings, effects: Effects) -> None:
         self.state = COMMAND
         self.exit_status = 1
+        self.is_half_sent = False
         self._connection = connection
         self._settings = settings
         self._effects = effects
@@ -98,6 +100,7 @@ class Session:
             self._reply(reply.CONTROLS_UNREADABLE)
         replies = b"".join(self._replies)
         self._replies.clear()
+        self.is_half_sent = self.state == MAIL_DATA or not self._unread.is_empty()
         return replies
 
     def tls_started(self, cipher: bytes) -> None:
@@ -110,11 +113,6 @@ class Session:
         """The client was silent, or slow, for too long; what it is told."""
         self._close(answer if answer is reply.TIMEOUT else self._conduct.end(answer))
         return answer.render()
-
-    @property
-    def is_half_sent(self) -> bool:
-        """Whether a command, or a message, is there in part and the rest is to come."""
-        return self.state == MAIL_DATA or not self._unread.is_empty
 
     def connection_lost(self) -> None:
         """Nothing more will come: a message that is not whole must not be queued."""

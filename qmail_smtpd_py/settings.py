@@ -95,10 +95,17 @@ class Policy:
     the session, the others for whoever runs it; raises ControlError.
 
     `ip_host` is the domain of our own IP addresses; `timeout` is in seconds, `longest_session` too,
-    0 for no limit, `least_rate` in octets a second.
+    0 for no limit, `least_rate` in octets a second, `greeting_delay` in seconds.
     """
 
-    __slots__ = ("ip_host", "least_rate", "longest_session", "settings", "timeout")
+    __slots__ = (
+        "greeting_delay",
+        "ip_host",
+        "least_rate",
+        "longest_session",
+        "settings",
+        "timeout",
+    )
 
     def __init__(self, sources: Sources, can_authenticate: bool) -> None:
         files = sources.files
@@ -111,12 +118,14 @@ class Policy:
         self.timeout = min(max(1, files.number("timeoutsmtpd", TIMEOUT)), LONGEST_TIMEOUT)
         self.longest_session = sources.number(b"TIMEOUTSESSION", "timeoutsession", LONGEST_SESSION)
         self.least_rate = sources.number(b"MINRATE", "minrate", LEAST_RATE)
+        delay = sources.number(b"SMTPD_GREETDELAY", "greetdelay", 0)
+        self.greeting_delay = min(delay, LONGEST_TIMEOUT)
 
 
 _VARIABLES = (
     b"BRTLIMIT", b"DATABYTES", b"DISABLETLS", b"FORCEAUTHMAILFROM", b"FORCETLS", b"HIDE_HOST",
     b"MAXAUTHFAILURES", b"MAXBADCOMMANDS", b"MAXRCPT", b"MINRATE", b"REQUIRETLS", b"SMTPAUTH",
-    b"TIMEOUTSESSION",
+    b"SMTPD_GREETDELAY", b"TIMEOUTSESSION",
 )  # fmt: skip
 """All that a policy sees of the environment: it is the same for all clients that rules do not set
 apart in these, and may be kept where control files are.
@@ -125,10 +134,10 @@ apart in these, and may be kept where control files are.
 
 def policy(environ: Mapping[bytes, bytes], files: ControlFiles, can_authenticate: bool) -> Policy:
     """The policy for connections with this environment; raises ControlError."""
-    values = tuple(map(environ.get, _VARIABLES))
+    return files.derive((tuple(map(environ.get, _VARIABLES)), can_authenticate), _policy)
 
-    def make() -> Policy:
-        variables = {name: value for name, value in zip(_VARIABLES, values) if value is not None}
-        return Policy(Sources(variables, files), can_authenticate)
 
-    return files.derive((values, can_authenticate), make)
+def _policy(key: tuple[tuple[bytes | None, ...], bool], files: ControlFiles) -> Policy:
+    values, can_authenticate = key
+    variables = {name: value for name, value in zip(_VARIABLES, values) if value is not None}
+    return Policy(Sources(variables, files), can_authenticate)

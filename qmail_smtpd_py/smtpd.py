@@ -20,7 +20,7 @@ from .control import ControlFiles
 from .effects import ControlError, Effects, Identity
 from .rcpthosts import RcptHosts
 from .session import CLOSED, TLS_HANDSHAKE, Session
-from .settings import LONGEST_TIMEOUT, TIMEOUT, Sources, policy
+from .settings import TIMEOUT, Sources, policy
 from .wire import ConnectionLost, HandedOver, TimedOut, Wire
 
 TYPE_CHECKING = False
@@ -42,16 +42,17 @@ AUTH_FAILURES, AUTH_FAILURES_PERIOD = 30, 3600
 
 class Resources:
     """What a process keeps from one connection to the next: how it reads control files, and where
-    there is more than one connection, TLS contexts; and which qmail-queues it has given up that may
-    not have ended yet.
+    there is more than one connection, TLS contexts; what does TLS, once that is loaded; and which
+    qmail-queues it has given up that may not have ended yet.
     """
 
-    __slots__ = ("_home", "contexts", "files", "left_queues")
+    __slots__ = ("_home", "contexts", "encryption", "files", "left_queues")
 
     def __init__(self, files: ControlFiles, contexts: CachedContexts | None = None) -> None:
         self.files = files
         self.contexts = contexts
         self.left_queues: list[int] = []
+        self.encryption: type[Encryption] | None = None
         self._home: bytes | None = None
 
     def go_home(self, home: bytes) -> None:
@@ -78,8 +79,7 @@ class Server(Effects):
         self, environ: Mapping[bytes, bytes], arguments: Sequence[bytes], resources: Resources
     ) -> None:
         files = self._files = resources.files
-        self._contexts = resources.contexts
-        self._left_queues = resources.left_queues
+        self._resources = resources
         self._environ = environ
         self._arguments = arguments
         self.connection = Connection(environ)
@@ -90,18 +90,12 @@ class Server(Effects):
         self.timeout = wanted.timeout
         self.longest_session = wanted.longest_session
         self.pace = Pace(wanted.least_rate, wanted.timeout)
+        may_relay = self.connection.relay_client is not None
+        self.greeting_delay = 0 if may_relay else wanted.greeting_delay
         self._bad_mail_from = BadMailFrom(files)
         self._rcpt_hosts = RcptHosts(files)
         self.is_smtps = b"SMTPS" in environ and self.connection.cipher is None
         self._encryption: Encryption | None = None
-
-    @property
-    def greeting_delay(self) -> int:
-        """Seconds to let a client wait that may not relay, to see whether it can."""
-        if self.connection.relay_client is not None:
-            return 0
-        seconds = self._sources.number(b"SMTPD_GREETDELAY", "greetdelay", 0)
-        return min(seconds, LONGEST_TIMEOUT)
 
     @property
     def drops_early_talkers(self) -> bool:
@@ -178,7 +172,8 @@ class Server(Effects):
         chosen = self._environ.get(b"QMAILQUEUE_CUSTOM_ERROR")
         with_text = chosen != b"0" if chosen else qmail_queue.writes_text(program)
         environ = self._child_environ(identity)
-        delivery = qmail_queue.open_delivery(program, environ, self._left_queues, with_text)
+        left = self._resources.left_queues
+        delivery = qmail_queue.open_delivery(program, environ, left, with_text)
         if delivery is None:
             self.log("error", {"why": "no descriptors or processes for qmail-queue"})
         elif delivery.trouble:
@@ -236,10 +231,13 @@ class Server(Effects):
     def encryption(self) -> Encryption:
         """TLS for this connection; made, and its code loaded, when it is first asked for."""
         if self._encryption is None:
-            from .encryption import Encryption
+            kept = self._resources
+            if kept.encryption is None:
+                from .encryption import Encryption
 
-            self._encryption = Encryption(
-                self._sources, self._arguments, self.connection, self._contexts, self.log
+                kept.encryption = Encryption
+            self._encryption = kept.encryption(
+                self._sources, self._arguments, self.connection, kept.contexts, self.log
             )
         return self._encryption
 
@@ -248,7 +246,7 @@ class Server(Effects):
 
     def preload(self) -> None:
         """Make the TLS context that this environment asks for; what is wrong goes to the log."""
-        if self._contexts and self.offers_tls():
+        if self._resources.contexts and self.offers_tls():
             self.prepare_tls()
 
     def certified_client(self) -> tuple[bytes | None, bytes]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    Wishes = tuple[tuple[bytes, ...], bytes | None, bool, bool]  # what a Policy is made of
+
 CLIENT_AUTHORITIES = "control/clientca.pem"
 REVOCATIONS = "control/clientcrl.pem"
 DH_PARAMETERS = "control/dh2048.pem"
@@ -55,15 +57,10 @@ class Policy:
         ask_client: bool = False,
         resumable: bool = False,
     ) -> None:
-        self.ciphers = tuple(ciphers)
+        self.ciphers = ciphers
         self.minimum = minimum
         self.ask_client = ask_client
         self.resumable = resumable
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What is the same for policies that are."""
-        return self.ciphers, self.minimum, self.ask_client, self.resumable
 
 
 class Context:
@@ -76,6 +73,7 @@ class Context:
     def __init__(self, policy: Policy, certificate: str = SERVER_CERTIFICATE) -> None:
         from OpenSSL import SSL
 
+        self._library = SSL
         self.warnings: list[str] = []
         context = self.ssl = SSL.Context(SSL.TLS_SERVER_METHOD)
         # No order of ours: all ciphers are good, and the client knows which it has hardware for.
@@ -97,6 +95,10 @@ class Context:
         context.set_alpn_select_callback(_choose_protocol)
         if certificate == SERVER_CERTIFICATE and os.path.exists(BY_NAME):
             context.set_tlsext_servername_callback(NamedContexts(policy).choose)
+
+    def channel(self) -> Channel:
+        """The server's end of a connection."""
+        return Channel(self._library, self.ssl)
 
     def _choose_versions(self, minimum: bytes | None) -> None:
         from OpenSSL import SSL
@@ -308,18 +310,19 @@ class CachedContexts:
     """Contexts for a process that serves many connections: made anew where a file has changed."""
 
     def __init__(self) -> None:
-        self._contexts: dict[tuple[object, ...], tuple[object, Context]] = {}
+        self._contexts: dict[Wishes, tuple[object, Context]] = {}
 
-    def get(self, policy: Policy) -> Context:
-        """The context; raises TlsError."""
-        seen = [signature(path) for path in (_ASKING_FILES if policy.ask_client else _FILES)]
-        cached = self._contexts.get(policy.key)
+    def get(self, wishes: Wishes) -> Context:
+        """The context for the policy with these words; raises TlsError."""
+        policy = Policy(*wishes)
+        seen = tuple(map(signature, _ASKING_FILES if policy.ask_client else _FILES))
+        cached = self._contexts.get(wishes)
         if cached is not None and cached[0] == seen:
             return cached[1]
         certificates.check()
         context = Context(policy)
         _rehearse(context)
-        self._contexts[policy.key] = seen, context
+        self._contexts[wishes] = seen, context
         return context
 
 
@@ -332,7 +335,7 @@ def _rehearse(context: Context) -> None:
     """Make a handshake with ourselves, in memory: what OpenSSL sets up at its first one is then
     there, and shared, in every process forked after it.
     """
-    server, client = Channel(context.ssl), ClientChannel()
+    server, client = context.channel(), ClientChannel()
     try:
         for _ in range(3):  # TLS 1.3 needs two turns, TLS 1.2 three
             client.handshake()

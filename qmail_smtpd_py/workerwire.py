@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 5
 """How long a wait lasts before the worker looks up."""
 
+_DONT_WAIT = int(socket.MSG_DONTWAIT)
+
 # 66 is the option for a struct timeval of 64 bits, where long has 32 (asm-generic/socket.h).
 _TIMEVAL = struct.pack("@qq" if socket.SO_RCVTIMEO == 66 else "@ll", LOOK_SECONDS, 0)
 
@@ -70,6 +72,12 @@ class SocketWire(WatchfulWire):
     def _restore(self) -> None:
         """There is nothing to restore."""
 
+    def _no_delay(self) -> None:
+        try:
+            self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            pass  # whoever hung up will be noticed
+
     def _read_piece(self, seconds: float) -> bytes:
         self._look_if_due()
         if seconds > LOOK_SECONDS:
@@ -81,4 +89,4 @@ class SocketWire(WatchfulWire):
         return super()._read_piece(seconds)
 
     def _write_piece(self, data: bytes) -> int:
-        return self._connection.send(data, socket.MSG_DONTWAIT)
+        return self._connection.send(data, _DONT_WAIT)

@@ -307,22 +307,26 @@ def test_a_directory_that_changed_a_moment_ago_is_not_relied_on(control: Path) -
     assert files._directory is None
 
 
+def _me(key: str, files: ControlFiles) -> bytes | None:
+    return files.line("me")
+
+
 def test_what_is_derived_is_kept_until_a_file_changes(control: Path) -> None:
     files = CachedControlFiles()
     (control / "me").write_bytes(b"one\n")
-    assert files.derive("key", lambda: files.line("me")) == b"one"
+    assert files.derive("key", _me) == b"one"
     files.refresh()
-    assert files.derive("key", lambda: b"other") == b"one"
-    assert files.derive("other key", lambda: b"other") == b"other"
+    assert files.derive("key", lambda key, files: b"other") == b"one"
+    assert files.derive("other key", lambda key, files: key.encode()) == b"other key"
     (control / "me").write_bytes(b"three\n")
     files.refresh()
-    assert files.derive("key", lambda: files.line("me")) == b"three"
+    assert files.derive("key", _me) == b"three"
 
 
 def test_what_is_derived_is_bounded() -> None:
     files = CachedControlFiles()
     for number in range(1000):
-        assert files.derive(number, lambda number=number: number + 1) == number + 1
+        assert files.derive(number, lambda key, files: key + 1) == number + 1
     assert len(files._derived) <= 100
 
 

@@ -11,7 +11,6 @@ import pytest
 SSL = pytest.importorskip("OpenSSL.SSL")
 
 from qmail_smtpd_py import tls  # noqa: E402
-from qmail_smtpd_py.channel import Channel  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "conformance" / "fixtures"
 CLIENTS = [b"alice@clients.example", b"dave@clients.example"]
@@ -46,7 +45,7 @@ def home(tmp_path, monkeypatch):
 
 def certified(certificate: str) -> bytes | None:
     """The address that a client with the certificate is known by after a handshake."""
-    channel = Channel(tls.Context(tls.Policy(ask_client=True)).ssl)
+    channel = tls.Context(tls.Policy(ask_client=True)).channel()
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.use_certificate_chain_file(os.fspath(FIXTURES / certificate))
     context.use_privatekey_file(os.fspath(FIXTURES / certificate))
