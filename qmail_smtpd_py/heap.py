@@ -1,31 +1,86 @@
-"""Holes in the heap, filled before the fork.
+"""The heap before the fork, arranged so that a worker writes to few of its pages.
 
-The interpreter puts a small object where one of its size was freed last.  What was loaded leaves
-such holes all over the heap, a few on a page, and each page is shared between parent and workers
-until one of them writes to it: a worker that made its objects there would copy a page for every few
-of them.  With the holes filled, new objects stand side by side.
+A page is shared between parent and workers until one of them writes to it: then that one copies it.
+A worker writes to where its new objects get their place, and to the code that it runs, as an object
+that is in use is counted.  What was loaded leaves both all over the heap:
+
+    holes   malloc, and the interpreter for small objects, give what was freed last, or what fits,
+            so that a page would be copied for every few new objects.  With the holes filled, they
+            stand side by side, and small ones in pools that have nothing else: what the interpreter
+            notes at the head of a pool is then on the same page.
+    code    of what was loaded with a function that every session runs, most is never run.  The code
+            that a rehearsal ran is copied to where there are no holes, and the functions get the
+            copies.
+
+That is a matter of speed alone: where it can not be done, or there is no memory for it, it is left
+undone.
 """
 
 from __future__ import annotations
 
-_STEP, _LARGEST = 16, 512  # octets: the sizes that the interpreter's allocator has, and keeps apart
-_ROOM = 32 << 10  # octets; what the holes of one size come to is less
+import contextlib
+import gc
+import sys
+from types import CodeType, FunctionType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+_STEP = 16  # octets: sizes are multiples of that
+_SMALL = 512  # octets; what is larger the interpreter, too, has from malloc
+_POOL, _HEAD = 16 << 10, 48  # octets of a pool, which has objects of one size, and of its head
+_ROOM = 64 << 10  # octets; what the holes of one small size come to is less
 _EMPTY = 33  # octets of bytes(0)
 
+_LARGE = 4096  # octets; no session asks malloc for many pieces that are larger, but buffers
+_NOTE = 8  # octets that malloc needs for itself
+_BEYOND = 100_000  # octets; malloc has no hole for so many, and they are too few for a mapping
+_MOST_PIECES = 5000  # there are hundreds; with a malloc that is not glibc's there may be no end
 
-def fill() -> list[object]:
-    """Objects of each size; while they are kept, the holes are filled.
 
-    Where there is no memory for all of them, there are none: that is a matter of speed alone.
-    """
-    kept: list[object] = []
-    try:
-        for size in range(_STEP, _LARGEST + 1, _STEP):
-            for number in range(_ROOM // size):
-                kept.append(_object(size, number))
-    except MemoryError:
-        kept.clear()
-    return kept
+class Filling:
+    """What fills the holes: objects, and pieces of malloc's."""
+
+    def __init__(self) -> None:
+        self._objects: list[object] = []
+        self._pieces: list[int] = []
+        self._malloc, self._free = _allocator()
+
+    def empty(self) -> None:
+        """Leave the holes as they were."""
+        self._objects.clear()
+        while self._pieces:
+            self._free(self._pieces.pop())
+
+    def fill(self) -> None:
+        """Fill all holes."""
+        self.fill_mallocs()
+        for size in range(_STEP, _SMALL + 1, _STEP):
+            self._fill_small(size)
+
+    def fill_mallocs(self) -> None:
+        """Fill malloc's holes, the largest first, as it takes from those what has no hole."""
+        end = id(bytes(_BEYOND))
+        for size in range(_LARGE, 0, -_STEP):
+            while piece := self._malloc(size - _NOTE):
+                if piece > end:
+                    self._free(piece)
+                    break
+                self._pieces.append(piece)
+                if len(self._pieces) > _MOST_PIECES:
+                    return
+
+    def _fill_small(self, size: int) -> None:
+        """Fill the interpreter's holes of a size, to the second object of a pool that was empty."""
+        before = 0
+        for number in range(_ROOM // size):
+            made = _object(size, number)
+            self._objects.append(made)
+            if id(made) % _POOL == _HEAD + size and id(made) == before + size:
+                break
+            before = id(made)
 
 
 def _object(size: int, number: int) -> object:
@@ -33,3 +88,49 @@ def _object(size: int, number: int) -> object:
     if size >= 48:
         return bytes(size - _EMPTY)
     return float(number) if size == 32 else object()
+
+
+def _allocator() -> tuple[Callable[[int], int | None], Callable[[int], None]]:
+    """malloc(3) and free(3); where they can not be had, a malloc that never has memory."""
+    try:
+        import ctypes
+
+        library = ctypes.CDLL(None)
+        malloc, free = library.malloc, library.free
+    except (AttributeError, ImportError, MemoryError, OSError):
+        return lambda octets: None, lambda piece: None
+    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    free.argtypes, free.restype = [ctypes.c_void_p], None
+    return malloc, free
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[dict[CodeType, int]]:
+    """The code that runs meanwhile, in the order in which it ran first."""
+    ran: dict[CodeType, int] = {}
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            ran.setdefault(frame.f_code, len(ran))
+
+    sys.setprofile(note)
+    try:
+        yield ran
+    finally:
+        sys.setprofile(None)
+
+
+def move(ran: dict[CodeType, int]) -> list[object]:
+    """Give functions a copy of their code, if it ran, where there is room; what they had before is
+    to be kept where it is, as it would leave holes.
+    """
+    functions: dict[CodeType, list[FunctionType]] = {code: [] for code in ran}
+    for found in gc.get_objects():
+        if type(found) is FunctionType and found.__code__ in functions:
+            functions[found.__code__].append(found)
+    # Of one size, what runs first, which is what runs in most sessions, is to stand together.
+    for code in sorted(functions, key=lambda code: (sys.getsizeof(code), ran[code])):
+        copy = code.replace()
+        for function in functions[code]:
+            function.__code__ = copy
+    return list(functions)

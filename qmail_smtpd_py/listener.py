@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 
-from . import afterfork, background, holes, log, sockets, tls
+from . import afterfork, background, heap, log, sockets, tls
 from .control import CachedControlFiles
 from .effects import ControlError
 from .options import NAME, USAGE, Options, StartError, UsageError
@@ -23,6 +23,10 @@ from .prefork import Place, Pool
 from .rehearsal import rehearse
 from .smtpd import HOME, Resources, Server, environment, give_no_tickets
 from .worker import Helper, Service, Worker
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import CodeType
 
 _SIGNALS = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
@@ -49,7 +53,8 @@ class Listener:
         self._stop_at: float | None = None
         self._look_at = 0.0
         self._renew_at = 0.0
-        self._filler: list[object] = []
+        self._filling = heap.Filling()
+        self._old_code: list[object] = []
         self._signals: list[int] = []
 
     @property
@@ -73,12 +78,13 @@ class Listener:
         options = self._options
         if options.helper:
             self._socket.listen(options.backlog)  # SO_PEERCRED tells who did this: -u, not root
+        gc.disable()  # parent and workers: what it writes to would be copied; see _prepare
         service = self._load()
         pool = Pool(
             options.limit,
             options.idle,
             2 * options.idle,
-            lambda place: self._work(service, place),
+            lambda place: self._worker(service, place).run,
             lambda: self._prepare(service),
             self._tell,
             self._tell_end,
@@ -131,11 +137,25 @@ class Listener:
             service.resources.contexts = tls.CachedContexts()
         _preload(service)
         if is_new:
-            _rehearse(service)
-            gc.unfreeze()  # what is of no use any more, circles among it, would be there for good
-            self._filler.clear()
-            gc.collect()
-            self._filler = holes.fill()
+            self._warm_up(service)
+
+    def _warm_up(self, service: Service) -> None:
+        """Arrange memory for what sessions do with it."""
+        ran: dict[CodeType, int] = {}
+        can_rehearse = True
+        if not self._old_code:  # once is enough
+            with heap.watching() as ran:
+                can_rehearse = _rehearse(service)
+        gc.unfreeze()  # what is of no use any more, circles among it, would be there for good
+        self._filling.empty()
+        gc.collect()
+        try:
+            self._filling.fill()
+            self._old_code += heap.move(ran)
+            if can_rehearse and _rehearse(service):  # the copies, too, are to be specialised
+                self._filling.fill_mallocs()  # there it has left holes
+        except MemoryError:
+            self._filling.empty()
 
     def _tell(self, line: str) -> None:
         """Log a line, unless -q says that nothing is to be told."""
@@ -147,11 +167,11 @@ class Listener:
         if self._options.verbosity > 1:
             _complain(f"end {pid} status {status}")
 
-    def _work(self, service: Service, place: Place) -> None:
-        """What a worker does."""
+    def _worker(self, service: Service, place: Place) -> Worker:
+        """A worker, before it is forked."""
         options = self._options
         kind = Helper if options.helper else Worker
-        kind(service, self._socket, place, options.max_use, options.max_age).run()
+        return kind(service, self._socket, place, options.max_use, options.max_age)
 
     # Signals
 
@@ -161,10 +181,15 @@ class Listener:
         os.set_blocking(hear, False)
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        note = self._note  # one object for all: workers that let go of some need not take it apart
         for number in _SIGNALS:
-            signal.signal(number, lambda number, frame: self._signals.append(number))
+            signal.signal(number, note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # main, or a predecessor, blocked them
         return hear
+
+    def _note(self, number: int, frame: object) -> None:
+        """Note a signal."""
+        self._signals.append(number)
 
     def _heed_signals(self, pool: Pool) -> None:
         """Do what the signals ask: the table of signals in qmail-smtpd-listen(8)."""
@@ -255,12 +280,16 @@ def _preload(service: Service) -> None:
         service.complain(f"warning: cannot load ahead: {_cause(error)}")
 
 
-def _rehearse(service: Service) -> None:
-    """Have the first sessions behind us, for the next fork to share what they set up."""
+def _rehearse(service: Service) -> bool:
+    """Have the first sessions behind us, for the next fork to share what they set up; whether that
+    could be.
+    """
     try:
         rehearse(service)
     except Exception as error:  # as above
         service.complain(f"warning: cannot rehearse: {_cause(error)}")
+        return False
+    return True
 
 
 def _cause(error: Exception) -> str:

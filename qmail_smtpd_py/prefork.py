@@ -28,14 +28,12 @@ from _signal import (  # type: ignore[import-not-found]  # signal, without its e
     SIG_DFL,
     SIGALRM,
     SIGCHLD,
-    SIGHUP,
-    SIGINT,
-    SIGQUIT,
     SIGTERM,
     SIGUSR2,
     set_wakeup_fd,
 )
 from _signal import signal as set_handler
+from os import _exit, close, fork  # who looks for them in a module writes to five pages more
 
 from .log import where
 
@@ -47,7 +45,6 @@ if TYPE_CHECKING:
 _EMPTY, _IDLE, _BUSY, _LEAVING = b"\0", b"\1", b"\2", b"\3"
 
 _DEFAULT_IN_WORKERS = (SIGTERM, SIGALRM, SIGCHLD, SIGUSR2)
-_LEFT_TO_PARENT = (SIGINT, SIGQUIT, SIGHUP)
 
 _CRASH_DELAY, _LONGEST_CRASH_DELAY = 0.25, 30.0  # seconds; doubled with each crash in a row
 _MANY_CRASHES = 4  # in a row; as few may be chance
@@ -55,32 +52,32 @@ _TICK = 0.05  # seconds; in which a worker that takes no new connection is held 
 _YOUNG = 1.0  # seconds; who dies at that age, and not of a connection, can not work at all
 
 
+_STOPPING, _EPOCH, _LOOKING, _FIRST = range(4)  # where it stands on the board
+
+
 class Board:
     """The state of each worker, one octet a place, in memory shared by parent and workers.
 
     The first octets are the parent's: whether it is stopping, its epoch, which changes when workers
-    are to be replaced, and whether it is going to look how many are idle.  Behind the states stand
-    the turns, an octet a place, which changes with each connection.
+    are to end or to be replaced, and whether it is going to look how many are idle.  Behind the
+    states stand the turns, an octet a place, which changes with each connection.
     """
 
-    _STOPPING, _EPOCH, _LOOKING, _FIRST = 0, 1, 2, 3
-
     def __init__(self, places: int) -> None:
-        self._memory = mmap.mmap(-1, self._FIRST + 2 * places)
-        self._end = self._FIRST + places
-        self._places = places
+        self._memory = mmap.mmap(-1, _FIRST + 2 * places)
+        self._end = _FIRST + places
 
     def count(self, state: bytes) -> int:
         """How many workers are in a state."""
-        return self._memory[self._FIRST : self._end].count(state)
+        return self._memory[_FIRST : self._end].count(state)
 
     def is_busy(self, place: int) -> bool:
         """Whether the worker at a place serves a connection, or died of one."""
-        return self._memory[self._FIRST + place] == _BUSY[0]
+        return self._memory[_FIRST + place] == _BUSY[0]
 
     def mark(self, place: int, state: bytes) -> None:
         """Note the state of the worker at a place."""
-        self._memory[self._FIRST + place] = state[0]
+        self._memory[_FIRST + place] = state[0]
 
     def take_turn(self, place: int) -> None:
         """Note that the worker at a place has a new connection."""
@@ -91,20 +88,20 @@ class Board:
     @property
     def turns(self) -> tuple[bytes, bytes]:
         """The states and the turns, a place an octet."""
-        return self._memory[self._FIRST : self._end], self._memory[self._end :]
+        return self._memory[_FIRST : self._end], self._memory[self._end :]
 
     @property
     def is_looking(self) -> bool:
         """Whether the parent is going to look how many are idle, without being told."""
-        return bool(self._memory[self._LOOKING])
+        return bool(self._memory[_LOOKING])
 
     def look(self, soon: bool) -> None:
         """Note whether the parent is going to."""
-        self._memory[self._LOOKING] = soon
+        self._memory[_LOOKING] = soon
 
     def free_place(self) -> int:
         """A place without a worker; -1 if there is none."""
-        return self._memory.find(_EMPTY, self._FIRST, self._end) - self._FIRST
+        return self._memory.find(_EMPTY, _FIRST, self._end) - _FIRST
 
     @property
     def busy(self) -> int:
@@ -119,26 +116,27 @@ class Board:
     @property
     def stopping(self) -> bool:
         """Whether workers are to end after the connection that they serve."""
-        return bool(self._memory[self._STOPPING])
+        return bool(self._memory[_STOPPING])
 
     def stop(self) -> None:
         """Tell all workers to end."""
-        self._memory[self._STOPPING] = 1
+        self._memory[_STOPPING] = 1
+        self.next_epoch()
 
-    @property
     def epoch(self) -> int:
-        """Changes when workers are to be replaced."""
-        return self._memory[self._EPOCH]
+        """Changes when workers are to end."""
+        return self._memory[_EPOCH]
 
     def next_epoch(self) -> None:
-        """Tell all workers that there are now to be replaced."""
-        self._memory[self._EPOCH] = (self.epoch + 1) % 256
+        """Tell all workers that there are now to end."""
+        self._memory[_EPOCH] = (self.epoch() + 1) % 256
 
 
 class Place:
     """A worker's own place on the board, and the parent's ear.
 
-    `lifeline` is the end of a pipe that hangs up when the worker is not wanted any more.
+    `lifeline` is the end of a pipe that hangs up when the worker is not wanted any more.  What is
+    asked for each connection is a method: a property takes the interpreter twice the time.
     """
 
     def __init__(
@@ -157,7 +155,7 @@ class Place:
         self._notify = notify
         self._most_idle = most_idle
         self._least_idle = least_idle
-        self._epoch = board.epoch
+        self._epoch = board.epoch()
         self._parent = parent
 
     def busy(self) -> None:
@@ -173,11 +171,9 @@ class Place:
         """The connection is over."""
         self.board.mark(self._number, _IDLE)
 
-    @property
     def is_wanted(self) -> bool:
         """Whether the worker is to go on: nothing told it to end, and its parent lives."""
-        board = self.board
-        return not board.stopping and board.epoch == self._epoch and not self.is_orphan
+        return self.board.epoch() == self._epoch and not self.is_orphan()
 
     def leave_if_spare(self) -> bool:
         """Whether more workers are idle than are of use; if so, this one counts no more."""
@@ -186,7 +182,6 @@ class Place:
         self.board.mark(self._number, _LEAVING)
         return True
 
-    @property
     def is_orphan(self) -> bool:
         """Whether the parent is gone."""
         return os.getppid() != self._parent
@@ -196,9 +191,10 @@ class Pool:
     """The workers, from the parent's side.
 
     `limit` is the number of connections served at a time, `least_idle` and `most_idle` how many
-    workers wait for the next; `work` is what a worker does, with its Place, until its end;
-    `prepare` runs in the parent before it forks.  `tell` takes words for the log, `tell_end` the
-    process id and wait status of a worker that did not live to the end of its connection.
+    workers wait for the next; `employ` makes, in the parent, what a worker does in its Place until
+    its end; `prepare` runs in the parent before it forks.  `tell` takes words for the log,
+    `tell_end` the process id and wait status of a worker that did not live to the end of its
+    connection.
     """
 
     def __init__(
@@ -206,7 +202,7 @@ class Pool:
         limit: int,
         least_idle: int,
         most_idle: int,
-        work: Callable[[Place], None],
+        employ: Callable[[Place], Callable[[], None]],
         prepare: Callable[[], None],
         tell: Callable[[str], None],
         tell_end: Callable[[int, int], None],
@@ -214,7 +210,7 @@ class Pool:
         self.board = Board(limit)
         self._least_idle = min(least_idle, limit)
         self._most_idle = most_idle
-        self._work = work
+        self._employ = employ
         self._prepare = prepare
         self._tell = tell
         self._tell_end = tell_end
@@ -260,9 +256,7 @@ class Pool:
         if wanted:
             self._prepare()
             gc.freeze()  # the children leave what is there alone, and its pages stay shared
-        while wanted and self._fork():
-            self._owes_one = False
-            wanted -= 1
+            self._fork(wanted)
 
     def _wanted(self) -> int:
         """How many workers to fork: not one by one, as each time costs the parent the pages that it
@@ -369,48 +363,59 @@ class Pool:
             how += f"; no new ones for {delay:g} s"
         self._tell(f"warning: worker {pid} {how}")
 
-    def _fork(self) -> bool:
-        """Start a worker; False where there is no place for one."""
-        place = self.board.free_place()
-        if place < 0:
-            return False
+    def _fork(self, number: int) -> None:
+        """Start so many workers; there have to be places for them.
+
+        What they need is made before the first is there: after a fork each page of the parent is
+        shared, and what it writes to until the next is copied.
+        """
         pipes, idle = (self._notify, self._lifeline), (self._least_idle, self._most_idle)
-        # Here, as the epoch that counts is that of the lifeline: in the child there may be another.
-        its_own = Place(self.board, place, self._pid, *pipes, *idle)
-        self.board.mark(place, _IDLE)
+        tell, parents_own = self._tell, (self._hear, self._held)
+        works = []
+        for _ in range(number):
+            place = self.board.free_place()
+            self.board.mark(place, _IDLE)
+            # Here, as the epoch that counts is that of the lifeline: later there may be another.
+            its_own = Place(self.board, place, self._pid, *pipes, *idle)
+            works.append((place, self._employ(its_own)))
+        pids = []
         try:
-            pid = os.fork()
+            for _, work in works:
+                pid = fork()
+                if not pid:
+                    _become_worker(work, tell, parents_own)
+                pids.append(pid)
         except OSError as error:
-            self.board.mark(place, _EMPTY)
             self._tell(f"warning: cannot fork: {error.strerror}")
             self._fork_at = time.monotonic() + 1
-            return False
-        if not pid:
-            self._become_worker(its_own)
-        self._places[pid] = place
-        self._births[pid] = time.monotonic()
-        return True
-
-    def _become_worker(self, place: Place) -> NoReturn:
-        """What the child does; it never comes back."""
-        status = 1
-        try:
-            for number in _DEFAULT_IN_WORKERS:
-                set_handler(number, SIG_DFL)
-            for number in _LEFT_TO_PARENT:
-                # A handler, as what is ignored would stay ignored in children.
-                set_handler(number, _leave_to_parent)
-            set_wakeup_fd(-1)
-            os.close(self._hear)
-            os.close(self._held)
-            gc.disable()
-            self._work(place)
-            status = 0
-        except Exception as error:  # a defect: what it was, without a traceback
-            self._tell(f"fatal: {where(error)}")
-        finally:
-            os._exit(status)
+        now = time.monotonic()
+        for pid, (place, _) in zip(pids, works):
+            self._places[pid] = place
+            self._births[pid] = now
+            self._owes_one = False
+        for place, _ in works[len(pids) :]:
+            self.board.mark(place, _EMPTY)
 
 
-def _leave_to_parent(number: int, frame: object) -> None:
-    """A signal that a terminal sends to the whole process group."""
+def _become_worker(
+    work: Callable[[], None], tell: Callable[[str], None], parents_own: tuple[int, ...]
+) -> NoReturn:
+    """What the child does; it never comes back.  The descriptors that are the parent's own are not
+    for it.
+
+    The other signals of the parent, which a terminal sends to the whole process group, keep their
+    handler, and nobody looks at what it notes: what is ignored would stay ignored in children.
+    """
+    status = 1
+    try:
+        for number in _DEFAULT_IN_WORKERS:
+            set_handler(number, SIG_DFL)
+        set_wakeup_fd(-1)
+        for descriptor in parents_own:
+            close(descriptor)
+        work()
+        status = 0
+    except Exception as error:  # a defect: what it was, without a traceback
+        tell(f"fatal: {where(error)}")
+    finally:
+        _exit(status)

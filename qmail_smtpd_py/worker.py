@@ -43,6 +43,8 @@ IDLE_SECONDS = 5.0
 PROXY_SECONDS = 10.0
 """How long a load balancer may take to send its PROXY header."""
 
+_STREAM = int(socket.SOCK_STREAM)
+
 _LONGEST_OPTIONS = 40  # octets (ip(7))
 
 _DENIED, _DROPPED = 100, 111  # the exit statuses of tcpserver's children
@@ -90,18 +92,21 @@ class Worker:
         self._place = place
         self._most = most
         self._until = time.monotonic() + oldest
-        self._pid = os.getpid()
+        self._pid = 0  # as long as it does not run
 
     def run(self) -> None:
         """Serve connections until it is time to end."""
-        served = 0
+        served, place = 0, self._place
+        self._pid = os.getpid()
         with select.epoll() as incoming:
             incoming.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-            incoming.register(self._place.lifeline, select.EPOLLHUP)
-            while served < self._most and self._place.is_wanted and time.monotonic() < self._until:
+            incoming.register(place.lifeline, select.EPOLLHUP)
+            while served < self._most and place.is_wanted() and time.monotonic() < self._until:
                 reap(self._service.resources.left_queues)
-                woken = [descriptor for descriptor, _ in incoming.poll(IDLE_SECONDS, 2)]
-                if woken == [self._place.lifeline] or (not woken and self._place.leave_if_spare()):
+                woken = incoming.poll(IDLE_SECONDS, 2)
+                if not woken and place.leave_if_spare():
+                    return
+                if len(woken) == 1 and woken[0][0] == place.lifeline:
                     return
                 try:
                     connection, remote = self._accept()
@@ -114,9 +119,9 @@ class Worker:
                     time.sleep(0.1)
                     continue
                 served += 1
-                self._place.busy()
+                place.busy()
                 status = self._take(connection, remote)
-                self._place.idle()  # not if that failed: the parent is to see what it died of
+                place.idle()  # not if that failed: the parent is to see what it died of
                 if self._service.is_verbose:
                     self._service.complain(f"end {self._pid} status {status << 8}")
                     self._tell_status()
@@ -126,11 +131,11 @@ class Worker:
         the system call.
         """
         descriptor, remote = self._listener._accept()  # type: ignore[attr-defined]
-        return Socket(self._family, socket.SOCK_STREAM, 0, descriptor), remote
+        return Socket(self._family, _STREAM, 0, descriptor), remote
 
     def _look(self) -> None:
         """In the middle of a session: whoever takes a dead parent's place needs the port."""
-        if self._place.is_orphan:
+        if self._place.is_orphan():
             self._listener.close()
 
     def _tell_status(self) -> None:

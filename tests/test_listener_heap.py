@@ -1,0 +1,116 @@
+"""The heap before the fork: what is arranged for workers is as it was, but for its place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from qmail_smtpd_py import heap
+
+PLACES = """
+import ctypes
+from qmail_smtpd_py import heap
+malloc = ctypes.CDLL(None).malloc
+malloc.restype = ctypes.c_void_p
+held = [[bytes(size - 33) for _ in range(300)] for size in range(48, 1024, 16)]
+for row in held:
+    del row[::50]
+made = [None] * 1000
+filling = heap.Filling()
+filling.{fill}()
+for number in range(3 * len({sizes})):
+    size = {sizes}[number // 3]
+    made[number] = {make}
+print(*({place} for one in made if one is not None))
+"""
+
+
+def run(program: str) -> list[str]:
+    words = [sys.executable, "-c", program]
+    return subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True).stdout.split()
+
+
+def pages(fill: str, sizes: list[int], make: str, place: str) -> int:
+    """How many pages three objects of each size stand in, made where the heap has many holes."""
+    places = run(PLACES.format(fill=fill, sizes=sizes, make=make, place=place))
+    assert len(places) == 3 * len(sizes)
+    return len({int(place) >> 12 for place in places})
+
+
+def test_small_objects_of_a_size_stand_on_a_page() -> None:
+    sizes = [*range(64, 513, 16)]  # smaller ones the interpreter makes by the way, too
+    assert pages("fill", sizes, "bytes(size - 33)", "id(one)") <= len(sizes) + 3
+    assert pages("empty", sizes, "bytes(size - 33)", "id(one)") > 2 * len(sizes)
+
+
+def test_pieces_of_mallocs_stand_on_few_pages() -> None:
+    sizes = [120, 248, 504, 1000, 2040]
+    assert pages("fill_mallocs", sizes, "malloc(size)", "one") <= 11
+    assert pages("empty", sizes, "malloc(size)", "one") > 11
+
+
+def test_what_filled_the_holes_can_be_given_back() -> None:
+    program = """
+import resource
+from qmail_smtpd_py import heap
+filling = heap.Filling()
+def rounds(number):
+    for _ in range(number):
+        filling.fill()
+        filling.empty()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(rounds(50) - rounds(5))
+"""
+    assert int(run(program)[0]) < 1000, "KiB"
+
+
+@pytest.mark.parametrize("lacks", ["ctypes", "malloc"])
+def test_a_listener_does_without(monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+    if lacks == "ctypes":
+        monkeypatch.setitem(sys.modules, "ctypes", None)
+    else:
+        monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    filling = heap.Filling()
+    filling.fill()
+    filling.empty()
+
+
+def counted(first: int, second: int = 2, *rest: int, key: str = "a") -> tuple[object, ...]:
+    """What has of everything that a function can have."""
+    return first, second, rest, key
+
+
+def adder(number: int):
+    def add(other: int) -> int:
+        return number + other
+
+    return add
+
+
+def never() -> None:
+    """What did not run."""
+
+
+def test_code_that_ran_is_copied_and_no_other() -> None:
+    before = counted.__code__, never.__code__
+    add = adder(2)
+    with heap.watching() as ran:
+        add(1)
+        counted(1)
+    assert sys.getprofile() is None
+    assert list(ran)[:2] == [add.__code__, counted.__code__]
+    assert before[0] in heap.move(ran)
+    assert counted.__code__ is not before[0]
+    assert counted.__code__ == before[0]
+    assert never.__code__ is before[1]
+    assert counted(1, key="b") == (1, 2, (), "b")
+    assert counted.__doc__
+    assert (add(3), adder(4)(3)) == (5, 7)
+
+
+def test_a_watch_ends_with_what_was_watched() -> None:
+    with pytest.raises(KeyError), heap.watching():
+        raise KeyError
+    assert sys.getprofile() is None
