@@ -186,7 +186,7 @@ _ROOM = 21 << 20
 that runs out of memory half way may crash, and then nobody is told why.
 """
 
-_ROOM_FOR_MANY = 24 << 20
+_ROOM_FOR_MANY = 26 << 20
 """The same for a listener, whose interpreter may not even end where it runs out of memory."""
 
 _NOT_LOADED = (ImportError, MemoryError, OSError, RuntimeError, SystemError)
