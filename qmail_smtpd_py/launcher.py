@@ -129,6 +129,8 @@ except (ImportError, LookupError, MemoryError, SystemError) as error:
     why = type(error).__name__ + "; is the memory limit too low?"
 except OSError as error:
     why = str(error)
+    if error.errno == 12:  # ENOMEM
+        why += "; is the memory limit too low?"
 else:
     sys.exit(status)
 print("{name}: fatal:", why, file=sys.stderr)

@@ -175,6 +175,27 @@ def test_a_program_that_can_not_be_loaded_is_a_temporary_problem(
     assert re.fullmatch(line, done.stderr)
 
 
+@pytest.mark.parametrize(
+    "error", ["MemoryError", "ImportError", "OSError(12, 'Cannot allocate memory')"]
+)
+def test_a_tool_that_can_not_be_loaded_says_why(
+    error: str, launchers: Path, tmp_path: Path
+) -> None:
+    package = tmp_path / "qmail_smtpd_py"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "listener.py").write_text(f"raise {error}\n")
+    text = (launchers / "qmail-smtpd-listen").read_text()
+    tool = tmp_path / "qmail-smtpd-listen"
+    tool.write_text(re.sub(r"(?m)^sys.path .*", f"sys.path += [{str(tmp_path)!r}]", text))
+    tool.chmod(0o755)
+    done = subprocess.run([tool], capture_output=True, text=True, check=False)
+    assert done.returncode == 111
+    assert re.fullmatch(
+        r"qmail-smtpd-listen: fatal: .+; is the memory limit too low\?\n", done.stderr
+    )
+
+
 def test_a_memory_limit_that_is_too_low_is_a_temporary_problem(
     stage: Stage, launchers: Path
 ) -> None:
