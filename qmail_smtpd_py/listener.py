@@ -133,11 +133,11 @@ class Listener:
         self._look_at = now + _LOOK_SECONDS
         is_new = now > self._renew_at
         if is_new:
-            self._renew_at = now + self._options.max_age
             service.resources.contexts = tls.CachedContexts()
         _preload(service)
         if is_new:
             self._warm_up(service)
+            self._renew_at = time.monotonic() + self._options.max_age
 
     def _warm_up(self, service: Service) -> None:
         """Arrange memory for what sessions do with it."""

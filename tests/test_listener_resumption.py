@@ -145,7 +145,7 @@ def test_not_after_another_certificate_was_put_there(
 @pytest.mark.parametrize("how", ["USR2", "HUP", "age"])
 def test_not_for_ever(mx: Stage, tmp_path: Path, how: str) -> None:
     """The keys of the tickets are new after a restart, and after some time."""
-    age = ["--max-age=1"] if how == "age" else []
+    age = ["--max-age=2"] if how == "age" else []
     with Listening(mx, "-c", "1", "--max-use=1", *age) as listener:
         client = OpenSSL(listener, "1.3", tmp_path)
         assert client.resumes()
