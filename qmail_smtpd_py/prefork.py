@@ -25,11 +25,14 @@ import os
 import select
 import time
 from _signal import (  # type: ignore[import-not-found]  # signal, without its enums
+    SIG_BLOCK,
     SIG_DFL,
+    SIG_UNBLOCK,
     SIGALRM,
     SIGCHLD,
     SIGTERM,
     SIGUSR2,
+    pthread_sigmask,
     set_wakeup_fd,
 )
 from _signal import signal as set_handler
@@ -379,6 +382,8 @@ class Pool:
             its_own = Place(self.board, place, self._pid, *pipes, *idle)
             works.append((place, self._employ(its_own)))
         pids = []
+        # Or one could come to a child that still has the parent's handlers, and be lost.
+        pthread_sigmask(SIG_BLOCK, _DEFAULT_IN_WORKERS)
         try:
             for _, work in works:
                 pid = fork()
@@ -388,6 +393,8 @@ class Pool:
         except OSError as error:
             self._tell(f"warning: cannot fork: {error.strerror}")
             self._fork_at = time.monotonic() + 1
+        finally:
+            pthread_sigmask(SIG_UNBLOCK, _DEFAULT_IN_WORKERS)
         now = time.monotonic()
         for pid, (place, _) in zip(pids, works):
             self._places[pid] = place
@@ -410,6 +417,7 @@ def _become_worker(
     try:
         for number in _DEFAULT_IN_WORKERS:
             set_handler(number, SIG_DFL)
+        pthread_sigmask(SIG_UNBLOCK, _DEFAULT_IN_WORKERS)
         set_wakeup_fd(-1)
         for descriptor in parents_own:
             close(descriptor)

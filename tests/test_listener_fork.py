@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -127,6 +128,31 @@ def test_a_stranger_who_finds_the_port_of_a_rehearsal(
     rehearsal.rehearse(Service(environ, [], Resources(ControlFiles()), LookUps()))
     with strangers.pop() as stranger, pytest.raises(ConnectionResetError):
         stranger.recv(1)
+
+
+SIGNALLED = """
+import os, signal, time
+from qmail_smtpd_py import prefork
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+def fork():
+    pid = os.fork()
+    if not pid:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return pid
+prefork.fork = fork
+pool = prefork.Pool(1, 1, 1, lambda place: lambda: time.sleep(9), lambda: None, print, print)
+pool.maintain()
+(worker,) = pool.workers
+print(os.waitpid(worker, 0)[1], signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+
+
+def test_a_worker_that_is_to_end_before_it_has_begun() -> None:
+    """Not a word of the interpreter's, and no signal lost."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == (f"{signal.SIGTERM.value} set()\n", "")
 
 
 def test_the_end_of_its_client_is_the_end_of_a_rehearsal() -> None:
