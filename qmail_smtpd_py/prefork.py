@@ -373,19 +373,31 @@ class Pool:
         shared, and what it writes to until the next is copied.
         """
         pipes, idle = (self._notify, self._lifeline), (self._least_idle, self._most_idle)
-        tell, parents_own = self._tell, (self._hear, self._held)
-        works = []
+        places, works = [], []
         for _ in range(number):
             place = self.board.free_place()
             self.board.mark(place, _IDLE)
+            places.append(place)
             # Here, as the epoch that counts is that of the lifeline: later there may be another.
             its_own = Place(self.board, place, self._pid, *pipes, *idle)
-            works.append((place, self._employ(its_own)))
+            works.append(self._employ(its_own))
+        pids = self._fork_for(works)
+        now = time.monotonic()
+        for pid, place in zip(pids, places):
+            self._places[pid] = place
+            self._births[pid] = now
+            self._owes_one = False
+        for place in places[len(pids) :]:
+            self.board.mark(place, _EMPTY)
+
+    def _fork_for(self, works: Iterable[Callable[[], None]]) -> list[int]:
+        """The process ids of workers for as many of these as can be forked for, the first ones."""
+        tell, parents_own = self._tell, (self._hear, self._held)
         pids = []
-        # Or one could come to a child that still has the parent's handlers, and be lost.
+        # Or a signal could come to a child that has the parent's handlers yet, and be lost.
         pthread_sigmask(SIG_BLOCK, _DEFAULT_IN_WORKERS)
         try:
-            for _, work in works:
+            for work in works:
                 pid = fork()
                 if not pid:
                     _become_worker(work, tell, parents_own)
@@ -395,13 +407,7 @@ class Pool:
             self._fork_at = time.monotonic() + 1
         finally:
             pthread_sigmask(SIG_UNBLOCK, _DEFAULT_IN_WORKERS)
-        now = time.monotonic()
-        for pid, (place, _) in zip(pids, works):
-            self._places[pid] = place
-            self._births[pid] = now
-            self._owes_one = False
-        for place, _ in works[len(pids) :]:
-            self.board.mark(place, _EMPTY)
+        return pids
 
 
 def _become_worker(
