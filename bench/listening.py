@@ -70,8 +70,7 @@ class Listener:
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
-    @property
-    def busy(self) -> int:
+    def status(self) -> int:
         """How many connections the listener says are in use, when it is asked by ALRM."""
         before = self.log.stat().st_size
         self.signal(signal.SIGALRM)
@@ -86,6 +85,16 @@ class Listener:
     def signal(self, number: int) -> None:
         """Send the parent a signal."""
         os.kill(self.pid, number)
+
+    def renew(self, number: int) -> None:
+        """Send the parent HUP or USR2, and wait until it has done all that this asks of it."""
+        before = set(self.workers)
+        self.signal(number)
+        for _ in _until(_CALM):
+            if before.isdisjoint(self.workers):
+                break
+        self.status()
+        self.status()  # it answers before it forks: now it has done that
 
     def kill_worker(self, chance: random.Random) -> bool:
         """Kill one of the workers; whether there was one."""
@@ -107,7 +116,7 @@ class Listener:
     def rest(self) -> Sample:
         """See how it is when the last session is over."""
         for _ in _until(_CALM):
-            if self.busy == 0:
+            if self.status() == 0:
                 return self.sample()
         raise TimeoutError("connections in use that no client has")
 

@@ -66,21 +66,23 @@ class Soak:
         self.outcome.add(outcome)
         if number % self._stride == 0:
             self.samples.append(self.listener.sample())
-        if number % KILL_EVERY == 0:
-            self.kills += self.listener.kill_worker(self._chance)
         if number in (self.batches // 4, self.batches * 3 // 4):
-            self.listener.signal(signal.SIGHUP)
+            self.listener.renew(signal.SIGHUP)
         elif number == self.batches // 2:
-            self.listener.signal(signal.SIGUSR2)
+            self.listener.renew(signal.SIGUSR2)
+        elif number % KILL_EVERY == 0:
+            self.kills += self.listener.kill_worker(self._chance)
 
     def growth(self, process: str) -> float:
-        """By how many MiB the parent or the largest worker grew, at most: from the most that it had
-        in the first quarter to the usual at the end of each life, before the restart and after it.
+        """By how many MiB the parent or the largest worker grew, at most: in each life, before the
+        restart and after it, from the most that it had until HUP to the usual after that.
+
+        Two lives are not compared: how the heap begins differs by a MiB from start to start.
         """
         values: list[float] = [getattr(sample, process) for sample in self.samples]
         quarters = [values[len(values) * at // 4 : len(values) * (at + 1) // 4] for at in range(4)]
-        first, second, _, fourth = quarters
-        return max(map(statistics.median, (second, fourth))) - max(first)
+        lives = (quarters[:2], quarters[2:])
+        return max(statistics.median(after) - max(until) for until, after in lives)
 
 
 def misqueued(outcome: Outcome, queue: Path) -> Iterator[str]:

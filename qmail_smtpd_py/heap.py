@@ -25,7 +25,7 @@ from types import CodeType, FunctionType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from types import FrameType
 
 _STEP = 16  # octets: sizes are multiples of that
@@ -36,8 +36,8 @@ _EMPTY = 33  # octets of bytes(0)
 
 _LARGE = 4096  # octets; no session asks malloc for many pieces that are larger, but buffers
 _NOTE = 8  # octets that malloc needs for itself
-_BEYOND = 100_000  # octets; malloc has no hole for so many, and they are too few for a mapping
-_MOST_PIECES = 5000  # there are hundreds; with a malloc that is not glibc's there may be no end
+_MOST_PIECES = 5000  # there are hundreds
+_INFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
 
 class Filling:
@@ -46,13 +46,16 @@ class Filling:
     def __init__(self) -> None:
         self._objects: list[object] = []
         self._pieces: list[int] = []
-        self._malloc, self._free = _allocator()
+        try:
+            self._malloc: _Malloc | None = _Malloc()
+        except (AttributeError, ImportError, MemoryError, OSError):
+            self._malloc = None
 
     def empty(self) -> None:
         """Leave the holes as they were."""
         self._objects.clear()
-        while self._pieces:
-            self._free(self._pieces.pop())
+        while self._malloc and self._pieces:
+            self._malloc.free(self._pieces.pop())
 
     def fill(self) -> None:
         """Fill all holes."""
@@ -62,11 +65,14 @@ class Filling:
 
     def fill_mallocs(self) -> None:
         """Fill malloc's holes, the largest first, as it takes from those what has no hole."""
-        end = id(bytes(_BEYOND))
+        malloc = self._malloc
+        if not malloc:
+            return
+        end = malloc.end()
         for size in range(_LARGE, 0, -_STEP):
-            while piece := self._malloc(size - _NOTE):
+            while piece := malloc.take(size - _NOTE):
                 if piece > end:
-                    self._free(piece)
+                    malloc.free(piece)
                     break
                 self._pieces.append(piece)
                 if len(self._pieces) > _MOST_PIECES:
@@ -90,18 +96,31 @@ def _object(size: int, number: int) -> object:
     return float(number) if size == 32 else object()
 
 
-def _allocator() -> tuple[Callable[[int], int | None], Callable[[int], None]]:
-    """malloc(3) and free(3); where they can not be had, a malloc that never has memory."""
-    try:
+class _Malloc:
+    """glibc's malloc(3); raises AttributeError where there is another, and ImportError, MemoryError
+    or OSError where it can not be called from here.
+    """
+
+    def __init__(self) -> None:
         import ctypes
 
+        class Info(ctypes.Structure):
+            """What mallinfo(3) tells."""
+
+            _fields_ = [(name, ctypes.c_int) for name in _INFO.split()]
+
         library = ctypes.CDLL(None)
-        malloc, free = library.malloc, library.free
-    except (AttributeError, ImportError, MemoryError, OSError):
-        return lambda octets: None, lambda piece: None
-    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    free.argtypes, free.restype = [ctypes.c_void_p], None
-    return malloc, free
+        self.take, self.free = library.malloc, library.free
+        self.take.argtypes, self.take.restype = [ctypes.c_size_t], ctypes.c_void_p
+        self.free.argtypes, self.free.restype = [ctypes.c_void_p], None
+        self._info, self._move_end = library.mallinfo, library.sbrk
+        self._info.argtypes, self._info.restype = [], Info
+        self._move_end.argtypes, self._move_end.restype = [ctypes.c_ssize_t], ctypes.c_void_p
+
+    def end(self) -> int:
+        """The address where the last hole begins, which is the rest of the heap."""
+        end: int = self._move_end(0) - self._info().keepcost
+        return end
 
 
 @contextlib.contextmanager

@@ -133,11 +133,18 @@ class Listener:
         self._look_at = now + _LOOK_SECONDS
         is_new = now > self._renew_at
         if is_new:
-            service.resources.contexts = tls.CachedContexts()
+            self._discard(service)
         _preload(service)
         if is_new:
             self._warm_up(service)
             self._renew_at = time.monotonic() + self._options.max_age
+
+    def _discard(self, service: Service) -> None:
+        """Let go of what is to be made anew, so that it gets the place of what was there before."""
+        service.resources.contexts = tls.CachedContexts()
+        self._filling.empty()
+        gc.unfreeze()  # what is of no use any more, circles among it, would be there for good
+        gc.collect()
 
     def _warm_up(self, service: Service) -> None:
         """Arrange memory for what sessions do with it."""
@@ -146,12 +153,11 @@ class Listener:
         if not self._old_code:  # once is enough
             with heap.watching() as ran:
                 can_rehearse = _rehearse(service)
-        gc.unfreeze()  # what is of no use any more, circles among it, would be there for good
-        self._filling.empty()
         gc.collect()
         try:
             self._filling.fill()
-            self._old_code += heap.move(ran)
+            if ran:
+                self._old_code += heap.move(ran)
             if can_rehearse and _rehearse(service):  # the copies, too, are to be specialised
                 self._filling.fill_mallocs()  # there it has left holes
         except MemoryError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import select
 import signal
@@ -106,6 +107,28 @@ def test_a_rehearsal_that_comes_to_nothing_takes_no_longer(
     with pytest.raises(TimeoutError):
         rehearsal.rehearse(Service(environ, [], Resources(ControlFiles()), LookUps()))
     assert time.monotonic() - began < PATIENCE
+
+
+def test_sessions_leave_nothing_for_the_collector(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In workers there is none: what goes round in circles, with all that it holds of a session,
+    would be there until they end.  The queue can not be started here.
+    """
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / "me").write_text("mx.example.org\n")
+    monkeypatch.chdir(tmp_path)
+    service = Service(
+        {b"QMAILHOME": os.fsencode(tmp_path)}, [], Resources(ControlFiles()), LookUps()
+    )
+    rehearsal.rehearse(service)  # with all that is loaded and set up only now
+    gc.collect()
+    gc.disable()
+    try:
+        rehearsal.rehearse(service)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_a_stranger_who_finds_the_port_of_a_rehearsal(
