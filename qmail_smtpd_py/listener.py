@@ -24,10 +24,6 @@ from .rehearsal import rehearse
 from .smtpd import HOME, Resources, Server, environment, give_no_tickets
 from .worker import Helper, Service, Worker
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import CodeType
-
 _SIGNALS = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
     signal.SIGUSR2, signal.SIGCHLD,
@@ -131,34 +127,29 @@ class Listener:
         if now < self._look_at:
             return
         self._look_at = now + _LOOK_SECONDS
-        is_new = now > self._renew_at
-        if is_new:
-            self._discard(service)
-        _preload(service)
-        if is_new:
-            self._warm_up(service)
-            self._renew_at = time.monotonic() + self._options.max_age
-
-    def _discard(self, service: Service) -> None:
-        """Let go of what is to be made anew, so that it gets the place of what was there before."""
+        if now <= self._renew_at:
+            _preload(service)
+            return
         service.resources.contexts = tls.CachedContexts()
-        self._filling.empty()
         gc.unfreeze()  # what is of no use any more, circles among it, would be there for good
         gc.collect()
+        _preload(service)
+        if self._old_code:
+            _rehearse(service)
+        else:
+            self._arrange(service)
+        self._renew_at = time.monotonic() + self._options.max_age
 
-    def _warm_up(self, service: Service) -> None:
-        """Arrange memory for what sessions do with it."""
-        ran: dict[CodeType, int] = {}
-        can_rehearse = True
-        if not self._old_code:  # once is enough
-            with heap.watching() as ran:
-                can_rehearse = _rehearse(service)
+    def _arrange(self, service: Service) -> None:
+        """Arrange memory for what sessions do with it; once, as it stays like that."""
+        with heap.watching() as ran:
+            can_rehearse = _rehearse(service)
         gc.collect()
         try:
             self._filling.fill()
-            if ran:
-                self._old_code += heap.move(ran)
-            if can_rehearse and _rehearse(service):  # the copies, too, are to be specialised
+            if can_rehearse:
+                self._old_code = heap.move(ran)
+                _rehearse(service)  # the copies, too, are to be specialised
                 self._filling.fill_mallocs()  # there it has left holes
         except MemoryError:
             self._filling.empty()
