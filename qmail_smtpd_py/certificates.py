@@ -29,6 +29,7 @@ _IN_NAMES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-.")
 
 _NO_CERTIFICATE = b"missing certificate"
 _NO_KEY = b"no valid private key"
+_SYSTEM_ERROR = 1 << 31  # what else an error of OpenSSL's has is errno then
 
 
 class TlsError(Exception):
@@ -108,7 +109,10 @@ def _check_pair(path: str, text: bytes) -> None:
     def reason() -> str:
         code = lib.ERR_get_error()
         lib.ERR_clear_error()
-        return ffi.string(lib.ERR_reason_error_string(code)).decode() if code else "unknown error"
+        if code & _SYSTEM_ERROR:
+            return os.strerror(code & ~_SYSTEM_ERROR)
+        text = lib.ERR_reason_error_string(code)
+        return ffi.string(text).decode() if text else "unknown error"
 
     if not lib.SSL_CTX_use_certificate_chain_file(context, path.encode()):
         raise Unavailable(path, _NO_CERTIFICATE, reason())

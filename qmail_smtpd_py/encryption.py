@@ -82,7 +82,7 @@ class Encryption:
             else:
                 certificates.check()
         except _NOT_LOADED as error:
-            self._log("error", {"why": f"TLS not available: {_why_not_loaded(error)}"})
+            self._log("error", {"why": f"TLS not available: {why_not_loaded(error)}"})
             return reply.tls_unavailable(b"not available")
         except TlsError as error:
             self._log("error", {"why": f"TLS not available: {error}"})
@@ -141,7 +141,7 @@ class Encryption:
         except TimedOut:
             why = "timeout"
         except _NOT_LOADED as error:
-            why = _why_not_loaded(error)
+            why = why_not_loaded(error)
         except (ConnectionLost, TlsError) as error:
             why = str(error)
         else:
@@ -193,8 +193,8 @@ _NOT_LOADED = (ImportError, MemoryError, OSError, RuntimeError, SystemError)
 """What importing a library raises where it is not there, or memory runs out."""
 
 
-def _why_not_loaded(error: Exception) -> str:
-    """What to do where a library could not be loaded."""
+def why_not_loaded(error: Exception) -> str:
+    """Why a library could not be loaded, and what to do."""
     if isinstance(error, ModuleNotFoundError):
         return f"the module {error.name} is not installed; run make install again"
     return f"{error}; {log.OUT_OF_MEMORY}" if str(error) else log.OUT_OF_MEMORY

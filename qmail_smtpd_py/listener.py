@@ -76,6 +76,7 @@ class Listener:
             self._socket.listen(options.backlog)  # SO_PEERCRED tells who did this: -u, not root
         gc.disable()  # parent and workers: what it writes to would be copied; see _prepare
         service = self._load()
+        hear, wake = self._catch_signals()
         pool = Pool(
             options.limit,
             options.idle,
@@ -84,9 +85,9 @@ class Listener:
             lambda: self._prepare(service),
             self._tell,
             self._tell_end,
+            parents_own=(hear, wake),
         )
         pool.adopt(self._heritage.workers)
-        wake = self._catch_signals()
         if service.is_verbose:
             _complain(f"status: 0/{options.limit}")
         while True:
@@ -94,7 +95,7 @@ class Listener:
             pool.maintain()
             if pool.board.stopping and not pool.workers:
                 return
-            pool.wait(self._time_left(pool), wake)
+            pool.wait(self._time_left(pool), hear)
 
     def _load(self) -> Service:
         """Load what all workers share, as the user that they will be."""
@@ -131,6 +132,7 @@ class Listener:
             _preload(service)
             return
         service.resources.contexts = tls.CachedContexts()
+        service.resources.leave_home()
         gc.unfreeze()  # what is of no use any more, circles among it, would be there for good
         gc.collect()
         _preload(service)
@@ -172,8 +174,8 @@ class Listener:
 
     # Signals
 
-    def _catch_signals(self) -> int:
-        """Note signals as they come; the descriptor that becomes readable with them."""
+    def _catch_signals(self) -> tuple[int, int]:
+        """Note signals as they come; the two ends of the pipe that becomes readable with them."""
         hear, wake = os.pipe()
         os.set_blocking(hear, False)
         os.set_blocking(wake, False)
@@ -182,7 +184,7 @@ class Listener:
         for number in _SIGNALS:
             signal.signal(number, note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # main, or a predecessor, blocked them
-        return hear
+        return hear, wake
 
     def _note(self, number: int, frame: object) -> None:
         """Note a signal."""
@@ -230,7 +232,11 @@ class Listener:
         The workers that are there end after the connection that they serve.
         """
         self._tell("restarting")
-        here = os.open(".", os.O_PATH)  # it may have no name any more
+        try:
+            here = os.open(".", os.O_PATH)  # it may have no name any more
+        except OSError as error:
+            self._tell(f"warning: cannot restart: {error.strerror}")
+            return
         # Until the new one has handlers, what comes would end it: it is to wait instead.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         while self._signals:
@@ -266,6 +272,7 @@ def _preload(service: Service) -> None:
     """Have control files and TLS contexts as they are now in memory, for the next fork to share."""
     service.resources.files.refresh()
     try:
+        service.resources.go_home(service.environ.get(b"QMAILHOME") or HOME)
         server = Server(service.environ, service.arguments, service.resources)
         try:
             server.preload()
@@ -292,7 +299,9 @@ def _rehearse(service: Service) -> bool:
 def _cause(error: Exception) -> str:
     """What may be told of an exception: what it is a sign of, or else where the defect is."""
     if isinstance(error, (ImportError, MemoryError, SystemError)):
-        return log.OUT_OF_MEMORY
+        from .encryption import why_not_loaded
+
+        return why_not_loaded(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return log.where(error)

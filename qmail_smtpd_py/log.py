@@ -52,7 +52,7 @@ def write(event: str, fields: Mapping[str, object]) -> None:
 
 def write_line(line: str) -> None:
     """Write a line that has a form of its own, as tcpserver's have; it is made printable."""
-    _write(line.encode().translate(_TO_PRINTABLE)[:_LINE_LIMIT])
+    _write(line.encode(*_CODING).translate(_TO_PRINTABLE)[:_LINE_LIMIT])
 
 
 def _write(line: bytes) -> None:

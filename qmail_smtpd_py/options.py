@@ -24,7 +24,7 @@ our options: --daemon --pid-file=FILE --log-file=FILE --max-use=N --max-age=SECO
              --idle=N --drain=SECONDS --proxy-from=ADDRESSES --help
 """
 
-SHORT = "1b:B:c:dDg:hHl:oOpPqQrRt:u:UvVx:X"
+SHORT = "1b:B:c:dDg:hHl:oOpPqQrRt:u:Uvx:X"
 LONG = (
     "helper=", "daemon", "pid-file=", "log-file=", "max-use=", "max-age=", "idle=", "drain=",
     "proxy-from=", "help",
@@ -91,8 +91,8 @@ class Options:
         self.rules = Rules(os.path.abspath(rules), optional) if rules is not None else None
         if self.wants_help:
             return
-        if self.helper and (rest or self.rules or self.proxies):
-            raise UsageError("--helper takes no host, port or program, no -x and no --proxy-from")
+        if self.helper and (rest or self.print_port or self.rules or self.proxies):
+            raise UsageError("--helper takes no host, port or program, no -1, -x and --proxy-from")
         if not self.daemon and (self.pid_file or self.log_file):
             raise UsageError("--pid-file and --log-file need --daemon")
         if not self.helper:

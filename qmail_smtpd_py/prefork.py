@@ -12,7 +12,8 @@ that a connection costs the parent nothing:
                 the parent
     the parent  sleeps until that pipe, a signal or a dead worker wakes it, and forks until enough
                 are idle, but never more than the limit of connections; where workers take one
-                connection after the other, it waits, as more of them would do no more work
+                connection after the other, it forks slowly, as it may be that more of them would
+                do no more work
 
 A worker that crashes is replaced; where they crash as soon as they are there, later and later.
 """
@@ -197,7 +198,7 @@ class Pool:
     workers wait for the next; `employ` makes, in the parent, what a worker does in its Place until
     its end; `prepare` runs in the parent before it forks.  `tell` takes words for the log,
     `tell_end` the process id and wait status of a worker that did not live to the end of its
-    connection.
+    connection; `parents_own` are descriptors that workers are not to have.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class Pool:
         prepare: Callable[[], None],
         tell: Callable[[str], None],
         tell_end: Callable[[int, int], None],
+        parents_own: tuple[int, ...] = (),
     ) -> None:
         self.board = Board(limit)
         self._least_idle = min(least_idle, limit)
@@ -217,6 +219,7 @@ class Pool:
         self._prepare = prepare
         self._tell = tell
         self._tell_end = tell_end
+        self._parents_own = parents_own
         self._places: dict[int, int] = {}  # by process id
         self._turns = b""  # as they were when we looked
         self._looked_at = 0.0
@@ -252,18 +255,22 @@ class Pool:
     def maintain(self) -> None:
         """Bury the dead, and fork until enough workers are idle."""
         self._bury()
+        was_short = self.board.is_looking
         self.board.look(soon=False)  # before we do: who becomes busy behind our back tells us
         if self.board.stopping or time.monotonic() < self._fork_at:
             return
-        wanted = min(self._wanted(), self.board.count(_EMPTY))
+        wanted = min(self._wanted(was_short), self.board.count(_EMPTY))
         if wanted:
             self._prepare()
             gc.freeze()  # the children leave what is there alone, and its pages stay shared
             self._fork(wanted)
 
-    def _wanted(self) -> int:
+    def _wanted(self, was_short: bool) -> int:
         """How many workers to fork: not one by one, as each time costs the parent the pages that it
-        writes to afterwards.
+        writes to afterwards; `was_short` says that too few were idle when it looked last.
+
+        Where they are turning it is one by one: if clients hold them up, and not the processors,
+        it takes more of them to serve what comes.
         """
         idle = self.board.idle
         if idle >= self._least_idle:
@@ -271,19 +278,17 @@ class Pool:
         if not self._places:
             return self._least_idle
         few = self._most_idle - len(self._places)
-        if self._are_turning():
-            self.board.look(soon=True)
-            return max(few, int(self._owes_one))
-        return self._most_idle - idle + self.board.busy
+        is_time = time.monotonic() > self._looked_at + _TICK
+        if is_time and not self._are_turning():
+            return self._most_idle - idle + self.board.busy
+        self.board.look(soon=True)
+        return max(few, int(self._owes_one), int(is_time and was_short))
 
     def _are_turning(self) -> bool:
         """Whether most of those that are busy have taken a connection since we looked, a moment
         ago: what waits is taken soon.
         """
-        now = time.monotonic()
-        if now < self._looked_at + _TICK:
-            return True
-        before, self._looked_at = self._turns, now
+        before, self._looked_at = self._turns, time.monotonic()
         states, self._turns = self.board.turns
         turns = zip(states, before, self._turns)
         stuck = sum(state == _BUSY[0] and old == new for state, old, new in turns)
@@ -306,11 +311,17 @@ class Pool:
 
     def replace_all(self) -> None:
         """Let each worker end after the connection that it serves, and others take its place."""
-        if not self.board.stopping:
-            self.board.next_epoch()
-            os.close(self._held)
-            os.close(self._lifeline)
-            self._lifeline, self._held = os.pipe()
+        if self.board.stopping:
+            return
+        try:
+            lifeline, held = os.pipe()
+        except OSError as error:
+            self._tell(f"warning: cannot replace workers: {error.strerror}")
+            return
+        self.board.next_epoch()
+        os.close(self._held)
+        os.close(self._lifeline)
+        self._lifeline, self._held = lifeline, held
 
     def stop(self) -> None:
         """Let each worker end after the connection that it serves."""
@@ -392,7 +403,7 @@ class Pool:
 
     def _fork_for(self, works: Iterable[Callable[[], None]]) -> list[int]:
         """The process ids of workers for as many of these as can be forked for, the first ones."""
-        tell, parents_own = self._tell, (self._hear, self._held)
+        tell, parents_own = self._tell, (self._hear, self._held, *self._parents_own)
         pids = []
         # Or a signal could come to a child that has the parent's handlers yet, and be lost.
         pthread_sigmask(SIG_BLOCK, _DEFAULT_IN_WORKERS)

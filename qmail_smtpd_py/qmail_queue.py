@@ -125,7 +125,7 @@ def open_delivery(
     try:
         pid = _start(program, environ, actions)
     except OSError as error:
-        pid, trouble = 0, error.with_traceback(None)  # which would hold us, and we it
+        pid, trouble = 0, OSError(error.errno, error.strerror)  # that one holds us: a circle
     finally:
         _close(message_out, envelope_out, *text[1:])
     delivery = QueueDelivery(pid, message_in, envelope_in, trouble, left, *text[:1])

@@ -37,6 +37,9 @@ TIMES = 16
 """The interpreter specialises code that has run some eight times."""
 
 _SECONDS = 5  # for sessions that take some milliseconds each
+_SESSION_SECONDS = 2  # for one
+_CONNECT_SECONDS = 1.0
+_BACKLOG = 4096  # whoever finds the port should not fill it
 
 _KEPT = (b"QMAILHOME", b"SMTPAUTH", b"TLSCIPHERS", b"TLSTICKETS")
 
@@ -46,7 +49,7 @@ _ENVIRON = {
     b"FORCETLS": b"0",
     b"QMAILQUEUE": _NO_PROGRAM,
     b"SMTPD_GREETDELAY": b"0",
-    b"TIMEOUTSESSION": b"%d" % _SECONDS,
+    b"TIMEOUTSESSION": b"%d" % _SESSION_SECONDS,
 }
 
 _HELLO = b"EHLO localhost\r\n"
@@ -60,13 +63,14 @@ def rehearse(service: Service) -> None:
     What goes wrong in a session will do so with real clients, and be told to them and the log: here
     it does not matter.
     """
-    server = socket.create_server(("127.0.0.1", 0), backlog=TIMES)
+    server = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
     with server as listener, open(os.devnull, "wb") as sink:
         listener.setblocking(False)
         nowhere = sink.fileno()
-        # Now: whoever finds the port, and connects, is behind all of these in the queue.
+        # Now: whoever finds the port, and connects, is hardly among the first in the queue, and is
+        # served no longer than one of ours may be.
         address = listener.getsockname()
-        connections = [socket.create_connection(address, _SECONDS) for _ in range(TIMES)]
+        connections = [socket.create_connection(address, _CONNECT_SECONDS) for _ in range(TIMES)]
         with _client_of(connections) as lifeline, logging_to(nowhere):
             stage = _stage(service)
             until = time.monotonic() + _SECONDS

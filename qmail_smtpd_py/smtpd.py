@@ -67,6 +67,11 @@ class Resources:
         self._home = home
         self.files.refresh()  # those of another home are other files
 
+    def leave_home(self) -> None:
+        """Look for the qmail home once more: its name may be that of another directory by now."""
+        if self._home and self._home.startswith(b"/"):
+            self._home = None
+
 
 class Server(Effects):
     """What a session may do, done for one connection.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -40,11 +41,15 @@ def inherit() -> Heritage:
     """Take what we were left; all other descriptors are closed, so that no child gets them.
 
     No variable of it stays, as children are to have the environment of the listener's start.
-    Raises StartError where systemd has more than one socket for us, or none after all.
+    Raises StartError where it makes no sense: systemd has one socket for us, and a predecessor
+    says what it has.
     """
     left = os.environ.pop(_VARIABLE, None)
     if left:
-        descriptor, owns_socket, *workers = map(int, left.split(","))
+        try:
+            descriptor, owns_socket, *workers = map(int, left.split(","))
+        except ValueError:
+            raise StartError(f"{_VARIABLE} is not what a listener leaves its successor") from None
         heritage = Heritage(descriptor, bool(owns_socket))
         heritage.is_successor = True
         heritage.workers = workers
@@ -77,7 +82,7 @@ def bind(options: Options) -> socket.socket:
 
 def _bind_port(options: Options) -> socket.socket:
     """A socket that listens where the command line says; raises StartError."""
-    host = "0.0.0.0" if options.host == "0" else options.host
+    host = "0.0.0.0" if options.host in ("", "0") else options.host
     try:
         if options.port.isdecimal() and int(options.port) > 65535:
             raise OSError(0, _NO_PORT)  # of which the library would make another
@@ -104,9 +109,11 @@ def _bind_port(options: Options) -> socket.socket:
 def _bind_helper(path: str, options: Options) -> socket.socket:
     """A UNIX socket that only -u's processes will be able to connect to; raises StartError."""
     try:
-        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
-            os.unlink(path)
         helper = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            if not helper.connect_ex(path):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            os.unlink(path)
         before = os.umask(0o177)
         try:
             helper.bind(path)
@@ -118,6 +125,7 @@ def _bind_helper(path: str, options: Options) -> socket.socket:
                 path,
                 keep if options.uid is None else options.uid,
                 keep if options.gid is None else options.gid,
+                follow_symlinks=False,  # the directory may be that of -u, and we may be root
             )
     except OSError as error:
         raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None

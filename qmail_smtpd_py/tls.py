@@ -272,10 +272,14 @@ class NamedContexts:
 
     def choose(self, connection: Any) -> None:
         """Called by OpenSSL in the middle of a handshake: give it the context for the name."""
-        name = connection.get_servername()
-        context = self.get(name, connection.get_app_data().warnings) if name else None
-        if context is not None:
-            connection.set_context(context.ssl)
+        warnings = connection.get_app_data().warnings
+        try:
+            name = connection.get_servername()
+            context = self.get(name, warnings) if name else None
+            if context is not None:
+                connection.set_context(context.ssl)
+        except Exception as error:  # a defect; what is raised here OpenSSL would not understand
+            warnings.append(f"{BY_NAME}: {type(error).__name__}; the default is served")
 
     def get(self, name: bytes, warnings: list[str]) -> Context | None:
         """The context for a name, or None where the default has to do; `warnings` is added to."""

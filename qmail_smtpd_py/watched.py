@@ -93,6 +93,7 @@ class WatchedSession(Session):
     def connection_lost(self) -> None:
         super().connection_lost()
         self._transcript.close()
+        self._unread = Unread()  # the other one leads back to us: a circle
 
     def _reply(self, answer: Reply) -> None:
         self._show(answer)

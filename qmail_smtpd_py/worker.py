@@ -134,7 +134,9 @@ class Worker:
         return Socket(self._family, _STREAM, 0, descriptor), remote
 
     def _look(self) -> None:
-        """In the middle of a session: whoever takes a dead parent's place needs the port."""
+        """Close the listening socket if the parent is gone, in the middle of a session: whoever
+        takes its place needs the port.
+        """
         if self._place.is_orphan():
             self._listener.close()
 
@@ -172,6 +174,8 @@ class Worker:
         remote_ip, remote_port = remote[:2]
         local_ip, local_port = connection.getsockname()[:2]
         ends = Addresses(bare_ip(remote_ip), remote_port, bare_ip(local_ip), local_port)
+        if not self._service.keep_ip_options and ":" not in ends.local_ip:
+            _drop_ip_options(connection)
         if self._service.proxies is not None and ends.remote_ip in self._service.proxies:
             return read_header(connection, PROXY_SECONDS) or ends
         return ends
@@ -179,8 +183,6 @@ class Worker:
     def _admit(self, connection: Socket, ends: Addresses) -> dict[bytes, bytes] | None:
         """The environment for the connection, or None if the rules turn it away."""
         service = self._service
-        if not service.keep_ip_options and ":" not in ends.local_ip:
-            _drop_ip_options(connection)
         if service.banner:
             connection.send(service.banner)
         look_ups = service.look_ups

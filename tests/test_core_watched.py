@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 from conformance import cases
 from conformance.world import NOW, World, base64, cut, open_session
@@ -216,3 +219,18 @@ def test_recorded_dialogues_are_the_same_too() -> None:
         plain, _ = open_session()
         session, _, _ = watched()
         assert converse(session, pieces) == converse(plain, pieces), case.name
+
+
+def test_it_is_gone_when_it_is_over() -> None:
+    """Without the collector, as a worker has none: nothing that it held leads back to it."""
+    session, _, _ = watched()
+    gone = weakref.ref(session)
+    gc.disable()
+    try:
+        session.greet()
+        session.receive(b"EHLO x\r\nQUIT\r\n")
+        session.connection_lost()
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conformance.stage import Stage
@@ -10,6 +12,9 @@ from cryptography import x509
 from e2e.certificates import Certificate
 from listener.listening import Listening
 from listener.mail import quit_
+
+from qmail_smtpd_py import certificates
+from qmail_smtpd_py.tls import NamedContexts
 
 pytestmark = pytest.mark.tls
 pytest_plugins = ["listener.fixtures"]
@@ -104,3 +109,29 @@ def test_memory_for_names_is_bounded(mx: Stage, monkeypatch: pytest.MonkeyPatch)
     assert contexts.get(b"x.example.com", warnings) is None
     assert len(contexts) == 3
     assert len(warnings) == 1
+
+
+def test_a_file_that_vanishes_while_it_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A renewal may take it away and put another in its place."""
+    made = Certificate("gone")
+    monkeypatch.setattr(certificates, "read", lambda path: made.key_pem + made.chain)
+    with pytest.raises(certificates.Unavailable, match="pem: No such file or directory"):
+        certificates.check(str(tmp_path / "servercert.pem"))
+
+
+def test_a_defect_in_the_middle_of_a_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSL called, and would not know what an exception is."""
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("what nobody may see")
+
+    monkeypatch.setattr(NamedContexts, "get", breaks)
+    warnings: list[str] = []
+    connection = SimpleNamespace(
+        get_servername=lambda: NAMED.encode(),
+        get_app_data=lambda: SimpleNamespace(warnings=warnings),
+    )
+    NamedContexts(SimpleNamespace()).choose(connection)
+    assert warnings == ["control/servercerts: RuntimeError; the default is served"]

@@ -20,11 +20,13 @@ from conformance.play import compare_records, play
 from conformance.program import Program, under_test
 from conformance.stage import Record, Stage
 from conformance.words import Words
-from listener.listening import PATIENCE, Helping, Tcp, children, eventually
+from listener.listening import PATIENCE, Helping, Tcp, children, eventually, refusal
 from listener.mail import authenticate, begin_message, quit_, send_message, start_tls
 from listener.peers import Tcpserver
+from listener.world import need_root
 
-from qmail_smtpd_py import handover
+from qmail_smtpd_py import handover, sockets
+from qmail_smtpd_py.options import Options
 
 pytestmark = pytest.mark.tls
 pytest_plugins = ["listener.fixtures"]
@@ -152,6 +154,36 @@ def test_sessions_one_after_the_other(mx: Stage) -> None:
         assert served(helper, 20) == worker
         assert os.listdir(f"/proc/{worker}/fd") == before
         assert children(worker) == set()
+
+
+def test_a_second_helper_leaves_the_first_its_socket(mx: Stage, helper: Helping) -> None:
+    status, text = refusal(mx, f"--helper={helper.path}")
+    assert status == 111
+    assert text == (
+        f"qmail-smtpd-listen: fatal: cannot listen on {helper.path}: Address already in use\n"
+    )
+    outcome(mx)
+    served(helper)
+
+
+def test_a_link_in_the_place_of_the_socket_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may write to the directory might put one there, before the socket gets its owner."""
+    need_root()
+    path, victim = tmp_path / "helper", tmp_path / "victim"
+    victim.touch()
+    chown = os.chown
+
+    def too_late(name: str, *owner: int, **how: bool) -> None:
+        path.unlink()
+        path.symlink_to(victim)
+        chown(name, *owner, **how)
+
+    monkeypatch.setattr("os.chown", too_late)
+    sockets.bind(Options(["-u", "1", "-g", "1", f"--helper={path}"])).close()
+    assert victim.stat().st_uid == victim.stat().st_gid == 0
+    assert path.lstat().st_uid == 1
 
 
 def test_under_tcpserver_the_limit_holds(mx: Stage, helper: Helping) -> None:

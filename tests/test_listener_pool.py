@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -73,6 +74,28 @@ def test_a_worker_ends_when_it_is_old(mx: Stage) -> None:
 
 
 # How many there are
+
+
+def test_short_sessions_whose_clients_take_their_time(mx: Stage) -> None:
+    """No worker is held up for long, and yet the processors have time for more of them."""
+    stop = threading.Event()
+
+    def come_again_and_again() -> None:
+        while not stop.is_set():
+            with listener.socket() as client:
+                client.recv(100)
+                time.sleep(0.02)
+
+    with Listening(mx, "-c", "9", "--idle=1") as listener:
+        clients = [threading.Thread(target=come_again_and_again) for _ in range(9)]
+        for client in clients:
+            client.start()
+        try:
+            eventually(lambda: len(listener.workers) == 9, "there is one for each client")
+        finally:
+            stop.set()
+            for client in clients:
+                client.join()
 
 
 def test_more_than_the_limit_wait(mx: Stage) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -202,6 +204,40 @@ def test_workers_are_replaced_each_after_its_session(mx: Stage) -> None:
         assert listener.ends() == [(busy, 0)]
         eventually(lambda: not before & listener.workers, "others are in their place")
         quit_(listener.greeted())
+        assert "warning" not in listener.log.text()
+
+
+def test_no_descriptors_to_replace_workers_with(mx: Stage) -> None:
+    with Listening(mx, "--idle=1") as listener:
+        before = workers(listener)
+        limits = resource.prlimit(listener.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(listener.pid, resource.RLIMIT_NOFILE, (4, limits[1]))
+        listener.signal(signal.SIGHUP)
+        why = "Too many open files"
+        listener.log.wait_for(rf"^qmail-smtpd-listen: warning: cannot replace workers: {why}$")
+        assert listener.workers == before
+        resource.prlimit(listener.pid, resource.RLIMIT_NOFILE, limits)
+        listener.signal(signal.SIGHUP)
+        eventually(lambda: not before & listener.workers, "others are in their place")
+        quit_(listener.greeted())
+
+
+def test_another_home_of_the_same_name(mx: Stage, tmp_path: Path) -> None:
+    """A link that leads elsewhere now is seen after HUP."""
+    link, second = tmp_path / "link", tmp_path / "second"
+    shutil.copytree(mx.home, second)
+    (second / "control" / "me").write_text("second.example.org\n")
+    link.symlink_to(mx.home)
+    mx.environment({"QMAILHOME": str(link)})
+    with Listening(mx, "--idle=1") as listener:
+        assert listener.connect().reply() == "220 mx.example.org ESMTP"
+        link.unlink()
+        link.symlink_to(second)
+        listener.signal(signal.SIGHUP)
+        eventually(
+            lambda: listener.connect().reply() == "220 second.example.org ESMTP",
+            "it has seen that",
+        )
         assert "warning" not in listener.log.text()
 
 

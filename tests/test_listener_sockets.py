@@ -63,13 +63,14 @@ def option(server: Server, client: socket.socket, level: int, name: int, size: i
     raise AssertionError("nobody has the other end")
 
 
-def greeted(server: Server, options: bytes = b"") -> Client:
-    """A client that was greeted, with IP options on its packets."""
+def greeted(server: Server, options: bytes = b"", header: bytes = b"") -> Client:
+    """A client that was greeted, with IP options on its packets, and what a proxy says of it."""
     connection = socket.socket()
     connection.settimeout(PATIENCE)
     if options:
         connection.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, options)
     connection.connect((ADDRESS, server.port))
+    connection.sendall(header)
     client = Client(Tcp(connection))
     assert (client.reply() or "").startswith("220 ")
     return client
@@ -110,6 +111,14 @@ def test_ip_options(mx: Stage, letter: str, are_left: bool) -> None:
         client = greeted(listener, RECORD_ROUTE)
         end = client.connection.end
         assert bool(option(listener, end, socket.IPPROTO_IP, socket.IP_OPTIONS, 40)) == are_left
+
+
+def test_ip_options_behind_a_proxy(mx: Stage) -> None:
+    """They are those of the connection, whatever family the proxy's client has."""
+    with Listening(mx, f"--proxy-from={ADDRESS}") as listener:
+        header = b"PROXY TCP6 2001:db8::7 2001:db8::1 4711 25\r\n"
+        end = greeted(listener, RECORD_ROUTE, header).connection.end
+        assert not option(listener, end, socket.IPPROTO_IP, socket.IP_OPTIONS, 40)
 
 
 def backlog(server: Server) -> int:

@@ -41,6 +41,8 @@ def says_hello(listener: Listening) -> bool:
     return listener.greeted().command(b"QUIT") == "221 mx.example.org"
 
 
+FATAL = "qmail-smtpd-listen: fatal: "
+
 # Where
 
 
@@ -49,6 +51,7 @@ def says_hello(listener: Listening) -> bool:
     [
         ("127.0.0.1", "0100007F", "127.0.0.1"),
         ("0", "00000000", "127.0.0.1"),
+        ("", "00000000", "127.0.0.1"),
         ("localhost", "0100007F", "127.0.0.1"),
         ("::1", "00000000000000000000000001000000", "::1"),
         ("::", "00000000000000000000000000000000", "127.0.0.1"),
@@ -85,6 +88,7 @@ def test_port_by_name(mx: Stage) -> None:
         [],
         ["127.0.0.1"],
         ["-z", "127.0.0.1", "0"],
+        ["-V", "127.0.0.1", "0"],
         ["-c", "many", "127.0.0.1", "0"],
         ["-c", "0", "127.0.0.1", "0"],
         ["-b", "-1", "127.0.0.1", "0"],
@@ -108,6 +112,7 @@ def test_port_by_name(mx: Stage) -> None:
         ["--daemon=yes", "127.0.0.1", "0"],
         ["--helper=", "127.0.0.1", "0"],
         ["--helper=socket", "127.0.0.1", "0"],
+        ["--helper=socket", "-1"],
         ["--helper=socket", "-x", "rules.cdb"],
         ["--helper=socket", "--proxy-from=10.0.0.0/8"],
         ["--pid-file=pid", "127.0.0.1", "0"],
@@ -171,13 +176,15 @@ def test_too_little_memory(mx: Stage, megabytes: int) -> None:
         ("no.such.host.invalid", "0", ""),
         ("a..b", "0", ""),
         (64 * "x" + ".example", "0", ""),
+        ("h\udcff", "0", "this is no name"),
         ("192.0.2.1", "0", "Cannot assign requested address"),
     ],
 )
 def test_an_address_that_can_not_be(mx: Stage, host: str, port: str, why: str) -> None:
     status, text = refusal(mx, "-1", host, port)
     assert status == 111
-    assert text.startswith(f"qmail-smtpd-listen: fatal: cannot listen on {host} port {port}: {why}")
+    shown = host.encode("utf-8", "backslashreplace").decode()
+    assert text.startswith(f"{FATAL}cannot listen on {shown} port {port}: {why}")
     assert text.count("\n") == 1
 
 
@@ -193,6 +200,13 @@ def test_a_port_that_is_taken(mx: Stage) -> None:
     why = "Address already in use"
     assert text == f"qmail-smtpd-listen: fatal: cannot listen on 127.0.0.1 port {port}: {why}\n"
     assert status == 111
+
+
+def test_a_successor_of_nobody(mx: Stage) -> None:
+    mx.environment({"QMAIL_SMTPD_LISTEN": "x"})
+    status, text = refusal(mx, "127.0.0.1", "0")
+    assert status == 111
+    assert text == f"{FATAL}QMAIL_SMTPD_LISTEN is not what a listener leaves its successor\n"
 
 
 @pytest.mark.parametrize("given", [None, os.devnull], ids=["nothing", "a file"])
