@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from conformance.stage import Stage, install_recorder  # noqa: E402
+from examples import PROFILE  # noqa: E402
 
 # The same examples in every run, so that a failure can be seen again; HYPOTHESIS_PROFILE=explore
 # looks for new ones.
@@ -30,8 +31,9 @@ _COMMON = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 settings.register_profile("repeat", derandomize=True, **_COMMON)
+settings.register_profile("again", max_examples=20, derandomize=True, **_COMMON)
 settings.register_profile("explore", max_examples=2000, **_COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+settings.load_profile(PROFILE)
 
 HAS_TLS = "QMAIL_SMTPD" in os.environ or importlib.util.find_spec("OpenSSL") is not None
 

@@ -7,7 +7,8 @@ import pwd
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis.strategies import lists, sampled_from
 
 from qmail_smtpd_py import shellwords
@@ -423,7 +424,7 @@ PIECES = (
 
 
 @given(lists(sampled_from(PIECES), max_size=25))
-@settings(max_examples=1000, deadline=None)
+@examples(1000)
 def test_any_script_is_read_without_an_error(pieces: list[str]) -> None:
     run = read("".join(pieces))
     assert all(note.isprintable() or "\n" in note for note in run.notes)

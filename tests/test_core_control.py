@@ -9,7 +9,8 @@ from typing import Callable
 
 import pytest
 from conformance.cdb_writer import make_cdb
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmail_smtpd_py import cdb
@@ -344,7 +345,7 @@ def is_listed(domain: bytes, entries: set[bytes]) -> bool:
 
 
 @given(st.sets(domains, max_size=6), st.sets(domains, max_size=6), st.lists(domains, max_size=8))
-@settings(max_examples=300)
+@examples(300)
 def test_rcpthosts_are_what_the_lists_say(
     control: Path, listed: set[bytes], more: set[bytes], asked: list[bytes]
 ) -> None:

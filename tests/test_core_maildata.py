@@ -11,7 +11,8 @@ from itertools import product
 from typing import NamedTuple
 
 import pytest
-from hypothesis import example, given, settings
+from examples import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmail_smtpd_py.maildata import MailData
@@ -122,7 +123,7 @@ dialogues = st.one_of(
 
 
 @given(dialogues, st.lists(st.integers(0, 1 << 16), max_size=8))
-@settings(max_examples=3000)
+@examples(3000)
 @example(b"\r\n.\r\nQUIT\r\n", [3])
 @example(b"Received: a\r\nReceived: b\r\n\r\nReceived: c\r\n.\r\n", [8, 9, 21, 22])
 def test_any_chunking_agrees_with_the_model(data: bytes, cuts: list[int]) -> None:

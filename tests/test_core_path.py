@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import example, given, settings
+from examples import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmail_smtpd_py import path
@@ -72,7 +73,7 @@ pieces = st.sampled_from(
 
 
 @given(st.one_of(st.lists(pieces, max_size=14).map(b"".join), st.binary(max_size=20)))
-@settings(max_examples=3000)
+@examples(3000)
 @example(b"FROM:<@a,@b:user@example.org>")
 def test_an_address_is_what_the_model_takes(argument: bytes) -> None:
     agree(argument)

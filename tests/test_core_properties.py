@@ -13,7 +13,8 @@ import random
 import pytest
 from conformance import cases, grammar, logs
 from conformance.world import NOW, base64, cut, open_session
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmail_smtpd_py.conduct import Limits
@@ -100,7 +101,7 @@ def is_envelope(octets: bytes) -> bool:
 
 
 @given(dialogues, places, options)
-@settings(max_examples=600)
+@examples(600)
 def test_any_chunking_gives_the_same(data: bytes, at: list[int], chosen: dict) -> None:
     whole = Outcome([data], **chosen)
     assert Outcome(cut(data, at), **chosen).said == whole.said
@@ -111,7 +112,7 @@ def test_any_chunking_gives_the_same(data: bytes, at: list[int], chosen: dict) -
 
 
 @given(dialogues, options)
-@settings(max_examples=800)
+@examples(800)
 def test_whatever_is_sent_all_that_comes_of_it_is_well_formed(data: bytes, chosen: dict) -> None:
     check(Outcome([data], **chosen), data)
 
@@ -237,7 +238,7 @@ COMMANDS = {
 
 
 @given(st.lists(st.sampled_from(list(COMMANDS)), max_size=40), st.booleans())
-@settings(max_examples=600)
+@examples(600)
 def test_commands_in_any_order(order: list[bytes], auth_required: bool) -> None:
     session, _ = open_session(smtpauth=b"!" if auth_required else b"")
     model = Model(auth_required)

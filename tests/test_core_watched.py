@@ -8,7 +8,8 @@ import weakref
 import pytest
 from conformance import cases
 from conformance.world import NOW, World, base64, cut, open_session
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qmail_smtpd_py.connection import Connection, Settings
@@ -192,7 +193,7 @@ def converse(session, pieces: list[bytes]) -> bytes:
 
 
 @given(dialogues, places, options)
-@settings(max_examples=800)
+@examples(800)
 def test_no_secret_is_written_down(data: bytes, at: list[int], chosen: dict) -> None:
     for pieces in ([data], cut(data, at), [data[at : at + 1] for at in range(len(data))]):
         session, _, written = watched(**chosen)
@@ -202,7 +203,7 @@ def test_no_secret_is_written_down(data: bytes, at: list[int], chosen: dict) -> 
 
 
 @given(dialogues, places, options)
-@settings(max_examples=300)
+@examples(300)
 def test_it_is_the_same_session(data: bytes, at: list[int], chosen: dict) -> None:
     plain, world = open_session(**chosen)
     session, other, _ = watched(**chosen)
