@@ -244,7 +244,7 @@ class Listener:
         try:
             with open("/proc/self/cmdline", "rb") as file:  # with the interpreter's own options
                 words = file.read().split(b"\0")[:-1]
-            os.chdir(self._directory)
+            self._go_to_start()
             open(sys.argv[0]).close()  # or the interpreter would not find it, and end us
             heritage = self._heritage.leave(self._socket, pool.workers)
             pool.replace_all()
@@ -256,6 +256,17 @@ class Listener:
             self._socket.set_inheritable(False)
             what = f"{error.filename or sys.executable}: {error.strerror} (uid {os.geteuid()})"
             self._tell(f"warning: cannot restart: {what}")
+
+    def _go_to_start(self) -> None:
+        """Go to the directory of the start; raises OSError where a name depends on it.
+
+        It may be one that -u may not enter, such as root's home.
+        """
+        try:
+            os.chdir(self._directory)
+        except PermissionError:
+            if self._options.has_relative_names or not os.path.isabs(sys.argv[0]):
+                raise
 
 
 def _fill_descriptors() -> None:

@@ -31,6 +31,7 @@ LONG = (
 )  # fmt: skip
 
 
+_FILES = frozenset(("-x", "--helper", "--pid-file", "--log-file"))
 _LARGEST, _DIGITS = 2**32 - 1, 10  # what ids can be; other numbers are smaller
 _MOST_PROCESSES = 2**22  # proc(5), pid_max
 
@@ -88,6 +89,9 @@ class Options:
             raise UsageError(str(error)) from None
         except ValueError as error:
             raise UsageError(f"{flag} {value}: {error}" if value else f"{flag}: {error}") from None
+        self.has_relative_names = any(
+            flag in _FILES and not os.path.isabs(name) for flag, name in flags
+        )
         self.rules = Rules(os.path.abspath(rules), optional) if rules is not None else None
         if self.wants_help:
             return

@@ -31,7 +31,7 @@ from listener.listening import (
     wait_for_death,
 )
 from listener.mail import begin_message, end_message, quit_, send_message, start_tls
-from listener.peers import Tcpserver
+from listener.peers import Tcpserver, compile_rules
 from listener.shipped import PORTS, ShippedHelper, ShippedListener
 from listener.world import address, give, need_mail_user, need_root
 
@@ -98,6 +98,26 @@ def test_rights_are_given_up_for_good(
             send_message(client)
             quit_(client)
             assert rights(listener.pid) == none_but(user)
+
+
+@pytest.mark.parametrize("name", ["rules", None], ids=["a relative name", "none"])
+def test_a_restart_where_the_directory_of_the_start_is_closed(
+    mx: Stage, ids: list[str], tmp_path: Path, name: str | None
+) -> None:
+    """To -u; that does no harm where no file is named that would be looked for there."""
+    closed = tmp_path / "closed"
+    closed.mkdir(0o700)
+    rules = compile_rules(mx.home / "rules.cdb", ":allow\n")
+    named = os.path.relpath(rules, closed) if name else str(rules)
+    with Listening(mx, *ids, "-x", named, cwd=closed) as listener:
+        quit_(listener.greeted())
+        listener.signal(signal.SIGUSR2)
+        if name:
+            why = rf"{closed}: Permission denied \(uid \d+\)"
+            listener.log.wait_for(rf": warning: cannot restart: {why}$")
+        else:
+            listener.log.wait_for(r": status: 0/40$", 3)
+        quit_(listener.greeted())
 
 
 def test_children_get_no_variable_of_the_interpreter_s(mx: Stage, ids: list[str]) -> None:
