@@ -93,6 +93,8 @@ class Listener:
         for _ in _until(_CALM):
             if before.isdisjoint(self.workers):
                 break
+        else:
+            raise TimeoutError("workers that do not end")
         self.status()
         self.status()  # it answers before it forks: now it has done that
 
