@@ -20,7 +20,7 @@ from .findings import Report
 from .log import where
 from .rights import group_name, owner, user_name
 from .runfile import RunFile
-from .smtpd import HOME, environment
+from .smtpd import environment
 from .subject import SERVICE_VARIABLES, Subject
 
 MISUSED = 100
@@ -256,7 +256,7 @@ def _examine(service: Service, smtpd: str) -> Report:
         if service.run:
             subject.unexported = {name for _, name, *_ in service.run.unexported}
         subject.apply_rules(report)
-        report.fact("home", os.fsdecode(subject.environ.get(b"QMAILHOME") or HOME))
+        report.fact("home", os.fsdecode(subject.home))
         _tell_of_port(subject, report)
         if subject.load(report):
             _examine_parts(subject, report)

@@ -21,7 +21,7 @@ from .effects import ControlError
 from .options import NAME, USAGE, Options, StartError, UsageError
 from .prefork import Place, Pool
 from .rehearsal import rehearse
-from .smtpd import HOME, Resources, Server, environment, give_no_tickets
+from .smtpd import Resources, Server, environment, give_no_tickets
 from .worker import Helper, Service, Worker
 
 _SIGNALS = (
@@ -113,7 +113,7 @@ class Listener:
         service.is_verbose = options.verbosity > 1
         service.complain = self._tell
         try:
-            resources.go_home(environ.get(b"QMAILHOME") or HOME)
+            resources.go_home(environ)
         except ControlError as error:
             raise StartError(str(error)) from None
         return service
@@ -283,7 +283,7 @@ def _preload(service: Service) -> None:
     """Have control files and TLS contexts as they are now in memory, for the next fork to share."""
     service.resources.files.refresh()
     try:
-        service.resources.go_home(service.environ.get(b"QMAILHOME") or HOME)
+        service.resources.go_home(service.environ)
         server = Server(service.environ, service.arguments, service.resources)
         try:
             server.preload()

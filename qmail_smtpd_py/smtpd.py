@@ -55,8 +55,9 @@ class Resources:
         self.encryption: type[Encryption] | None = None
         self._home: bytes | None = None
 
-    def go_home(self, home: bytes) -> None:
+    def go_home(self, environ: Mapping[bytes, bytes]) -> None:
         """Make the qmail home the current directory; raises ControlError."""
+        home = home_of(environ)
         if home == self._home:
             return
         try:
@@ -273,7 +274,7 @@ def serve(
     """
     server = None
     try:
-        resources.go_home(environ.get(b"QMAILHOME") or HOME)
+        resources.go_home(environ)
         server = Server(environ, arguments, resources)
         wire.limit(server.timeout, server.longest_session)
         return _converse(wire, server, may_begin)
@@ -395,6 +396,11 @@ def main() -> int:
         why = f"internal error: {log.where(error)}"
     log.write("error", {"why": why})  # here, where the memory that an exception held is free
     return 1
+
+
+def home_of(environ: Mapping[bytes, bytes]) -> bytes:
+    """The qmail home."""
+    return environ.get(b"QMAILHOME") or HOME
 
 
 def environment() -> dict[bytes, bytes]:

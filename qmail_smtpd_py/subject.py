@@ -13,7 +13,7 @@ import re
 from .control import ControlFiles
 from .effects import ControlError
 from .remedies import explain
-from .smtpd import HOME, Resources, Server
+from .smtpd import Resources, Server, home_of
 from .tcprules import Rules, RulesError
 from .trial import CLIENT, Trial
 
@@ -126,7 +126,7 @@ class Subject:
     @property
     def home(self) -> bytes:
         """The qmail home."""
-        return self.environ.get(b"QMAILHOME") or HOME
+        return home_of(self.environ)
 
     def path(self, name: str) -> str:
         """A path that is relative to the qmail home."""
@@ -149,7 +149,7 @@ class Subject:
         self.files = WatchedFiles(report)
         environ = self.session_environ()
         try:
-            Resources(self.files).go_home(self.home)
+            Resources(self.files).go_home(self.environ)
             self.server = Server(environ, self.arguments, Resources(self.files))
         except ControlError as error:
             explain(str(error), report)
