@@ -81,10 +81,12 @@ def test_a_broken_one_is_told_each_time_until_it_is_mended(mx: Stage) -> None:
     (mx.home / "control" / path).write_bytes(b"garbage")
     with Listening(mx, "-c", "1") as listener:
         assert [subject(listener, NAMED) for _ in range(2)] == ["default", "default"]
+        listener.ends(2)  # what a session logs is there when its end is
         told = f"control/{path}: no certificate in it; the default is served"
         assert listener.log.text().count(told) == 2
         put(mx, path, Certificate("mended"))
         assert subject(listener, NAMED) == "mended"
+        listener.ends()
         assert listener.log.text().count(told) == 2
 
 

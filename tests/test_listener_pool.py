@@ -141,7 +141,7 @@ def test_an_idle_worker_is_killed(mx: Stage) -> None:
             listener.log.wait_for(rf"warning: worker {victim} was killed by signal 9$")
         for _ in range(3):
             served_by(listener)
-        assert "no new ones" not in listener.log.text()
+    assert "no new ones" not in listener.log.text()
 
 
 def test_another_comes_for_one_that_is_killed_though_enough_are_idle(mx: Stage) -> None:
@@ -185,7 +185,7 @@ def test_busy_workers_that_are_killed_do_not_look_like_a_loop(mx: Stage) -> None
             os.kill(worker_of(listener, client), signal.SIGKILL)
             assert client.read_to_end() == b""
         quit_(listener.greeted())
-        assert "no new ones" not in listener.log.text()
+    assert "no new ones" not in listener.log.text()
 
 
 DEFECTIVE = """
@@ -226,7 +226,7 @@ def test_a_defect_ends_a_worker_and_nothing_else(mx: Stage, tmp_path: Path) -> N
         end_message(other)
         quit_(other)
         quit_(listener.greeted())
-        assert "nobody may see" not in listener.log.text()
+    assert "nobody may see" not in listener.log.text()
 
 
 def test_workers_that_die_at_birth_are_replaced_later_and_later(mx: Stage) -> None:

@@ -204,7 +204,7 @@ def test_workers_are_replaced_each_after_its_session(mx: Stage) -> None:
         assert listener.ends() == [(busy, 0)]
         eventually(lambda: not before & listener.workers, "others are in their place")
         quit_(listener.greeted())
-        assert "warning" not in listener.log.text()
+    assert "warning" not in listener.log.text()
 
 
 def test_no_descriptors_to_replace_workers_with(mx: Stage) -> None:
@@ -238,7 +238,7 @@ def test_another_home_of_the_same_name(mx: Stage, tmp_path: Path) -> None:
             lambda: listener.connect().reply() == "220 second.example.org ESMTP",
             "it has seen that",
         )
-        assert "warning" not in listener.log.text()
+    assert "warning" not in listener.log.text()
 
 
 def anonymous_memory(pid: int) -> int:
@@ -276,7 +276,7 @@ def test_workers_that_are_replaced_before_they_have_begun(mx: Stage) -> None:
         for pid in replaced | last:
             wait_for_death(pid, 4)
         quit_(listener.greeted())
-        assert "warning" not in listener.log.text()
+    assert "warning" not in listener.log.text()
 
 
 # A restart
