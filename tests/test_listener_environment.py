@@ -63,7 +63,8 @@ def plain(log: Log, number: int, ports: tuple[int, int]) -> list[str]:
             continue
         text = re.sub(r"^(pid|ok|deny|end) \d+", r"\1 PID", text)
         text = re.sub(r"^(warning: dropping connection, |drop \d+ from [0-9.]+: ).*", "drop", text)
-        text = text.replace(f":{ports[0]}", ":THEIRS").replace(f":{ports[1]}", ":OURS")
+        # They may be the same number, as the addresses differ.
+        text = re.sub(rf":{ports[1]} (.*):{ports[0]}$", r":OURS \1:THEIRS", text)
         connections[-1].append(text)
         if text.startswith("status: 0/"):
             connections.append([])
