@@ -15,9 +15,26 @@ import socket
 import sys
 import time
 
-from . import afterfork, background, heap, log, sockets, tls
+# What nobody names below is what sessions import late: here before the first, as the files may be
+# gone by then, if a newer version was installed meanwhile.
+from . import (
+    activation,  # noqa: F401
+    afterfork,
+    authfailures,  # noqa: F401
+    background,
+    checkpassword,  # noqa: F401
+    heap,
+    localip,  # noqa: F401
+    log,
+    sockets,
+    tls,
+    transcript,  # noqa: F401
+    ucspitls,  # noqa: F401
+    watched,  # noqa: F401
+)
 from .control import CachedControlFiles
 from .effects import ControlError
+from .encryption import why_not_loaded
 from .options import NAME, USAGE, Options, StartError, UsageError
 from .prefork import Place, Pool
 from .rehearsal import rehearse
@@ -310,8 +327,6 @@ def _rehearse(service: Service) -> bool:
 def _cause(error: Exception) -> str:
     """What may be told of an exception: what it is a sign of, or else where the defect is."""
     if isinstance(error, (ImportError, MemoryError, SystemError)):
-        from .encryption import why_not_loaded
-
         return why_not_loaded(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

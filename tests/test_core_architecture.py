@@ -159,6 +159,17 @@ def test_of_what_serves_three_modules_import_pyopenssl_and_only_late() -> None:
         assert not PYOPENSSL & {name.partition(".")[0] for name in imports(at_once)}
 
 
+def test_a_listener_loads_at_once_what_others_import_late() -> None:
+    """Later the files may be gone."""
+    loaded, new = set(), {"listener"}
+    while new:
+        loaded |= new
+        bodies = [ast.Module([*filter(is_import, tree(name).body)], []) for name in new]
+        at_once = {name[1:] for body in bodies for name in imports(body) if name[0] == "."}
+        new = at_once - loaded
+    assert set().union(*map(ours, loaded)) <= loaded
+
+
 def is_import(node: ast.stmt) -> bool:
     return isinstance(node, (ast.Import, ast.ImportFrom))
 
