@@ -11,6 +11,7 @@ from __future__ import annotations
 import getopt
 import os
 import pwd
+import socket
 
 from . import options
 
@@ -55,6 +56,9 @@ _SOFTLIMITS = {
 }
 """What each option of softlimit(8) limits, in the words of setrlimit(2)."""
 
+_NO_LIMIT = 2**63 - 1
+_LARGEST_ID = 2**32 - 2
+
 PORTS = {"smtp": 25, "submission": 587, "smtps": 465, "submissions": 465, "ssmtp": 465, "urd": 465}
 
 DEFAULT_CONCURRENCY = 40
@@ -86,6 +90,7 @@ class Chain:
     what listens, with its `server_flags`; `wrappers` are programs that change nothing that is kept
     here.  `program` is the qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`,
     the check program's; `program_uid` is whose it is when it starts, None where nobody says.
+    `programs` are the others: each as it is named, the directory, and where PATH has it looked for;
     `files` are what the listener makes as it starts, by option.  `script` is that of a shell in the
     chain.
 
@@ -111,6 +116,7 @@ class Chain:
         self.logs_by_itself = False
         self.program: str | None = None
         self.program_uid: int | None = None
+        self.programs: list[tuple[str, str, str | None]] = []
         self.files: dict[str, str] = {}
         self.script: str | None = None
         self.arguments: list[str] = []
@@ -123,6 +129,10 @@ class Chain:
     def change_directory(self, path: str) -> None:
         """`cd`: what is relative is relative to this."""
         self.directory = os.path.join(self.directory, path)
+
+    def limit(self, resource: str, number: int) -> None:
+        """setrlimit(2)."""
+        self.limits[resource] = min(number, _NO_LIMIT)
 
     def follow(self, words: list[str], environ: dict[str, str]) -> bool:
         """Go along the chain, changing the environment; whether qmail-smtpd was found."""
@@ -142,6 +152,8 @@ class Chain:
     def _step(self, name: str, words: list[str], environ: dict[str, str]) -> list[str]:
         """Take one program; the words that it runs."""
         rest = words[1:]
+        if name not in (SMTPD, LISTENER):
+            self.programs.append((words[0], self.directory, environ.get("PATH")))
         if name == SMTPD:
             self.program, self.arguments, self.program_uid = words[0], rest, self.uid
         elif _is_shell(words):
@@ -182,7 +194,7 @@ class Chain:
         for flag, value in flags:
             for resource in _SOFTLIMITS.get(flag[1:], ()):
                 if value.isdecimal():
-                    self.limits[resource] = int(value)
+                    self.limit(resource, int(value))
         return rest
 
     def _take_envdir(self, path: str, environ: dict[str, str]) -> None:
@@ -197,7 +209,7 @@ class Chain:
         """setuidgid and envuidgid: the user and its group, or what -U is to become."""
         try:
             user = pwd.getpwnam(account)
-        except KeyError:
+        except (KeyError, ValueError):  # or it is no name at all
             what = f"{name}: there is no user {account}, so the service does not start"
             self.troubles.append((what, "make the user, or correct the name"))
             return
@@ -221,13 +233,23 @@ class Chain:
         self.logs_by_itself = {"--daemon", "--log-file"} <= self.server_flags
         if not self.helper:
             self.host, port = (*rest[:2], "", "")[:2]
-            self.port = PORTS.get(port, int(port) if port.isdecimal() else None)
-            if self.port is None:
-                self._note(f"port {port or '(none)'} is not known")
+            self._find_port(name, port)
             rest = rest[2:]
         if name == LISTENER:
             self.arguments = rest
         return rest
+
+    def _find_port(self, server: str, port: str) -> None:
+        """The port that a server names."""
+        self.port = PORTS.get(port, int(port) if port.isdecimal() else None)
+        if self.port is None and port and is_known(port):
+            try:
+                self.port = socket.getservbyname(port, "tcp")
+            except OSError:
+                what = f"{server} does not start: there is no port {port!a}"
+                self.troubles.append((what, "name another, or say its number"))
+        elif self.port is None:
+            self._note(f"port {port or '(none)'} is not known")
 
     def _try_options(self, words: list[str], rest: list[str]) -> None:
         """Have the listener's own code read its options and what stands behind them."""
@@ -265,7 +287,7 @@ class Chain:
             self.files[flag] = os.path.normpath(os.path.join(self.directory, value))
 
     def _id(self, flag: str, value: str) -> int | None:
-        if value.isdecimal():
+        if value.isdecimal() and int(value) <= _LARGEST_ID:
             return int(value)
         self.odd_ids.append((flag, value))
         return None

@@ -51,6 +51,8 @@ class Service:
         variables = {"PATH": os.environ.get("PATH", os.defpath)}
         try:
             if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "run")):
+                if not any(entry.is_file() for entry in os.scandir(path)):
+                    raise Misuse(f"{path} has no run file in it, and is no envdir either")
                 read_envdir(path, variables)
             else:
                 path = os.path.join(path, "run") if os.path.isdir(path) else path

@@ -165,8 +165,8 @@ def _examine_users(subject: Subject, report: Report) -> None:
     try:
         users = users_file.load(path).users
     except users_file.Trouble as trouble:
-        what, _, remedy = str(trouble).rpartition(": ")
-        report.error("users-file", f"checkpassword-users: {what}", remedy, obstacle(path))
+        what, remedy = f"checkpassword-users: {trouble.what}", trouble.remedy
+        report.error("users-file", what, remedy or "put a file of users there", obstacle(path))
     else:
         report.fact("users", f"{len(users)} in {path}", users=len(users))
 

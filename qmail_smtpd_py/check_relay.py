@@ -129,7 +129,8 @@ def _tell_of_rules(subject: Subject, report: Report) -> None:
     try:
         found = [(os.fsdecode(key), instructions(data)) for key, data in records(descriptor)]
     except (CdbError, OSError) as error:
-        report.error("rules-damaged", f"{path}: {error}", "compile them again by tcprules")
+        if not report.has("rules-damaged"):
+            report.error("rules-damaged", f"{path}: {error}", "compile them again by tcprules")
         return
     finally:
         os.close(descriptor)

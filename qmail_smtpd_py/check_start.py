@@ -5,6 +5,7 @@ a listener makes.
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 
 from .chain import LISTENER, is_known
@@ -18,16 +19,37 @@ if TYPE_CHECKING:
     from .findings import Report
 
 
+_OF_SVSCAN = "/command:/usr/local/bin:/usr/local/sbin:/bin:/sbin:/usr/bin:/usr/sbin"
+"""Where programs are looked for that are started by svscanboot(8), if nobody says otherwise."""
+
+
 def examine(chain: Chain, smtpd: str, made_directories: Collection[str], report: Report) -> None:
     """Tell what is wrong for the user that this process is; `smtpd` is the program that is checked,
     and `made_directories` are there when the listener starts, whether they are now or not.
     """
+    for program in chain.programs:
+        _examine_other(*program, report)
     if chain.program is not None and is_known(chain.program):
         _examine_program(chain, chain.program, smtpd, report)
     for option, path in chain.files.items():
         counts = option == "--helper" or "--daemon" in chain.server_flags
         if counts and is_known(path) and not _is_made(os.path.dirname(path), made_directories):
             _examine_file(option, path, report)
+
+
+def _examine_other(name: str, directory: str, search: str | None, report: Report) -> None:
+    """See that a program before ours is there; where nobody knows PATH, its name says nothing."""
+    if not is_known(name) or ("/" not in name and search is None):
+        return
+    if "/" in name:
+        trouble, remedy = program_trouble(os.path.join(directory, name))
+    elif shutil.which(name, path=f"{search}:{_OF_SVSCAN}"):
+        return
+    else:
+        trouble = f"there is none in {search}"
+        remedy = "install it, or name it with its whole path"
+    if trouble:
+        report.error("run-file", f"the run file starts {name}, and {trouble}", remedy)
 
 
 def _examine_program(chain: Chain, started: str, smtpd: str, report: Report) -> None:

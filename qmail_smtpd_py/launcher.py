@@ -126,7 +126,7 @@ try:
     from {package}.{main} import main
     status = main()
 except (ImportError, LookupError, MemoryError, SystemError) as error:
-    why = type(error).__name__ + "; is the memory limit too low?"
+    why = type(error).__name__ + ": can it not read the program, or is the memory limit too low?"
 except OSError as error:
     why = str(error)
     if error.errno == 12:  # ENOMEM

@@ -211,8 +211,10 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds <= LONGEST_TIMEOUT:
+    if not seconds >= 0:
         raise ValueError("not a number of seconds")
+    if seconds > LONGEST_TIMEOUT:
+        raise ValueError(f"more than {LONGEST_TIMEOUT} seconds")
     return seconds
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 
-from .rights import obstacle, user_name
+from .rights import group_name, obstacle, user_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,10 +21,16 @@ _SECRET = re.compile(r"(servercert.*\.pem|smtpusers)$")
 MEMORY = "a higher limit for softlimit in the run file: 64 MB (-m 64000000) are enough"
 
 _REMEDIES = (
+    (
+        r"^(ModuleNotFound|FileNotFound|Permission)Error .*can it not read the program",
+        "program-unreadable",
+        "chmod -R a+rX for what make install made, or make install again",
+    ),
     (r"memory limit|out of memory|MemoryError|failed to map|Cannot allocate", "memory", MEMORY),
     (r"cannot change to", "no-home", "QMAILHOME in the run file; chmod a+x for its directories"),
     (r"neither control/me", "no-me", "write the host's name into control/me; look at QMAILHOME"),
     (r"morercpthosts\.cdb", "morercpthosts-damaged", "run qmail-newmrh"),
+    (r"cannot use .*: the file is", "rules-damaged", "compile them again by tcprules"),
     (
         r"no private key in it",
         "no-key",
@@ -95,6 +101,9 @@ def remedy_for_reading(path: str) -> str:
 def remedy_for_a_secret(path: str) -> str:
     """How to let this process's user alone read a file, and its group if that is qmail's.
 
-    The user, not its group: that is nofiles, as a rule, whose members are to own no files.
+    The user, not its group: that is nofiles, as a rule, whose members are to own no files.  But
+    whose it is already, unless that is root, has a service of his own that reads it.
     """
-    return f"chown {user_name(os.geteuid())} {path}; chmod 640 {path}"
+    if os.stat(path).st_uid in (0, os.geteuid()):
+        return f"chown {user_name(os.geteuid())} {path}; chmod 640 {path}"
+    return f"chgrp {group_name(os.getegid())} {path}; chmod 640 {path}"

@@ -214,10 +214,10 @@ class RunFile:
         self._exports_all = self._exports_all or "-a" in text or "allexport" in text
 
     def _ulimit(self, words: Sequence[str]) -> None:
-        if words and words[-1].isdigit():
+        if words and words[-1].isdecimal():
             for name in ("as", "data"):
                 if f"-{'v' if name == 'as' else 'd'}" in words[:-1]:
-                    self.chain.limits[name] = int(words[-1]) * 1024
+                    self.chain.limit(name, int(words[-1]) * 1024)
 
     def _join(self, command: Command) -> None:
         """Heed where `exec 2>&1`, or the last command, sends descriptor 2."""
@@ -229,8 +229,10 @@ class RunFile:
     ) -> None:
         """A program is started; if the chain that it begins is ours, the script is over."""
         texts = [text for word in words for text in self._texts(word)]
-        replaces_shell = texts[0] == "exec"
+        replaces_shell = texts[:1] == ["exec"]
         texts = texts[1:] if replaces_shell else texts
+        if not texts:  # of variables that are empty
+            return
         environ = {**self.environ, **{k: v for k, v in assigned.items() if v is not None}}
         if self.chain.follow(texts, environ):
             self.environ = environ

@@ -56,23 +56,28 @@ class WatchedFiles(ControlFiles):
     def __init__(self, report: Report) -> None:
         self._report = report
         self.found: set[str] = set()
+        self.unreadable: set[str] = set()
 
     def load(self, name: str, parse: Callable[[bytes | None], Parsed]) -> Parsed:
         try:
             return super().load(name, parse)
         except ControlError as error:
-            explain(str(error), self._report)
+            self._tell(name, error)
             return parse(None)
 
     def open(self, name: str) -> int | None:
         try:
             descriptor = super().open(name)
         except ControlError as error:
-            explain(str(error), self._report)
+            self._tell(name, error)
             return None
         if descriptor is not None:
             self.found.add(name)
         return descriptor
+
+    def _tell(self, name: str, error: ControlError) -> None:
+        self.unreadable.add(name)
+        explain(str(error), self._report)
 
     def number(self, name: str, default: int) -> int:
         number = super().number(name, default)
@@ -152,7 +157,8 @@ class Subject:
             Resources(self.files).go_home(self.environ)
             self.server = Server(environ, self.arguments, Resources(self.files))
         except ControlError as error:
-            explain(str(error), report)
+            if "me" not in self.files.unreadable:  # or it is told that it is missing, too
+                explain(str(error), report)
             return False
         for name in SERVICE_VARIABLES:
             value = environ.get(name.encode(), b"")

@@ -45,7 +45,14 @@ TROUBLE = 111
 
 
 class Trouble(Exception):
-    """The users file can not be used; the text names the file, the user id, and what to do."""
+    """The users file can not be used; the text names the file, the user id, and what to do, which
+    is the `remedy`.
+    """
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what}: {remedy}" if remedy else what)
+        self.what = what
+        self.remedy = remedy
 
 
 class Absent(Trouble):
@@ -230,14 +237,14 @@ def load(path: str) -> UsersFile:
             return UsersFile(file.read())
     except FileNotFoundError:
         remedy = "qmail-smtpd-users set USER makes it"
-        raise Absent(f"there is no {path!a} (uid {os.geteuid()}): {remedy}") from None
+        raise Absent(f"there is no {path!a} (uid {os.geteuid()})", remedy) from None
     except PermissionError:
-        remedy = f"chgrp a group of that uid to it, and chmod 640 {path!a}"
-        raise Trouble(f"uid {os.geteuid()} may not read {path!a}: {remedy}") from None
+        remedy = f"chgrp a group of that uid to it, and chmod 640 {os.path.abspath(path)!a}"
+        raise Trouble(f"uid {os.geteuid()} may not read {path!a}", remedy) from None
     except OSError as error:
         raise Trouble(f"cannot read {path!a} (uid {os.geteuid()}): {error.strerror}") from None
     except ValueError as error:
-        raise Trouble(f"{path!a}: {error}") from None
+        raise Trouble(f"{path!a}: {error}", "mend it, or take it out") from None
 
 
 def _check_safe(path: str, status: os.stat_result) -> None:
@@ -246,8 +253,8 @@ def _check_safe(path: str, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise Trouble(f"{facts} is not a file")
     if status.st_mode & (stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH):
-        remedy = f"chmod g-w,o= {path!a}"
-        raise Trouble(f"{facts} is too open for uid {os.geteuid()} to trust it: {remedy}")
+        remedy = f"chmod g-w,o= {os.path.abspath(path)!a}"
+        raise Trouble(f"{facts} is too open for uid {os.geteuid()} to trust it", remedy)
 
 
 def change(path: str, edit: Callable[[UsersFile], None]) -> None:

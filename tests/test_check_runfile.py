@@ -245,6 +245,20 @@ def test_the_whole_chain() -> None:
     assert run.notes == []
 
 
+@pytest.mark.parametrize("empty", ["$V", "${V}", "exec $V", "X=1 $V"])
+def test_command_that_is_nothing(empty: str) -> None:
+    run = read(f"V=\n{empty}\nexec tcpserver 0 25 qmail-smtpd 2>&1")
+    assert (run.chain.port, run.notes) == (25, [])
+
+
+def test_numbers_that_are_none_or_too_large() -> None:
+    much = "9" * 26
+    run = read(f"ulimit -v ²\nulimit -d {much}\nexec tcpserver -u {much} 0 25 qmail-smtpd 2>&1")
+    assert run.chain.limits == {"data": 2**63 - 1}
+    assert run.chain.odd_ids == [("-u", much)]
+    assert read(f"exec softlimit -m {much} qmail-smtpd").chain.limits["as"] == 2**63 - 1
+
+
 def test_setuidgid_and_envuidgid() -> None:
     nobody = pwd.getpwnam("nobody")
     for script in ("setuidgid nobody tcpserver 0 2525", "envuidgid nobody tcpserver -U 0 25"):

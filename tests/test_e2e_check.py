@@ -360,6 +360,28 @@ def test_program_that_can_not_be_started(checked, directory, why):
     assert f"what was checked is {checked.home.programs}/qmail-smtpd" in problem["remedy"]
 
 
+@pytest.mark.parametrize("name", ["softlimit", "tcpserver"])
+def test_program_before_ours_that_is_not_there(checked, name):
+    run = checked.run_file()
+    text = run.read_text()
+    run.write_text(text.replace(name, f"/nonexistent/{name}"))
+    problem = checked.find("--env-from", run).only("run-file", "error")
+    assert problem["what"].startswith(f"the run file starts /nonexistent/{name}, and ")
+    run.write_text(text.replace(name, f"tcp-rules {name}"))
+    assert "there is none in /" in checked.find("--env-from", run).problem("run-file")["what"]
+
+
+def test_port_that_nobody_knows(checked):
+    found = checked.find(port="submision")
+    assert found.problem("run-file")["what"].endswith("there is no port 'submision'")
+
+
+def test_directory_that_is_no_service(checked):
+    (checked.home.path / "log").mkdir()
+    printed = checked.run("--env-from", checked.home.path / "log")
+    assert (printed.returncode, "no run file" in printed.stderr) == (100, True)
+
+
 @as_root
 def test_program_that_only_root_can_reach(checked):
     program = checked.home.program("qmail-smtpd", "exit 1")
@@ -733,8 +755,7 @@ def test_rules_that_are_damaged(checked, left):
     cdb = compile_rules(checked.home.path / "tcp.smtp", "10.:deny\n127.:allow\n:allow\n")
     os.truncate(cdb, left)
     found = checked.find(options=["-x", cdb])
-    assert found.status == FAILED
-    assert "tcprules" in found.problem("rules-damaged")["remedy"]
+    assert "tcprules" in found.only("rules-damaged", "error")["remedy"]
 
 
 def more_hosts(home, *domains):

@@ -385,7 +385,8 @@ def in_front(checked, options, **service):
     """A run file with sslserver in the place of tcpserver, and no certificate of ours."""
     (checked.home.path / "control/servercert.pem").unlink()
     run = checked.run_file(**service, memory=20_000_000)
-    run.write_text(run.read_text().replace("tcpserver", f"sslserver {options}"))
+    sslserver = checked.home.program("sslserver", "exit 1")
+    run.write_text(run.read_text().replace("tcpserver", f"{sslserver} {options}"))
     return checked.find("--env-from", run)
 
 

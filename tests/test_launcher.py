@@ -192,7 +192,7 @@ def test_a_tool_that_can_not_be_loaded_says_why(
     done = subprocess.run([tool], capture_output=True, text=True, check=False)
     assert done.returncode == 111
     assert re.fullmatch(
-        r"qmail-smtpd-listen: fatal: .+; is the memory limit too low\?\n", done.stderr
+        r"qmail-smtpd-listen: fatal: .+ is the memory limit too low\?\n", done.stderr
     )
 
 

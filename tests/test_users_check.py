@@ -315,9 +315,8 @@ def test_a_users_file_that_others_can_read_or_write(home, mode):
     write_users(home, USERS, mode)
     done = check_alice(home)
     words = b"'control/smtpusers' (mode %04o, owner uid %d)" % (mode, os.getuid())
-    assert_trouble(
-        done, words, b"uid %d to trust" % os.getuid(), b"chmod g-w,o= 'control/smtpusers'"
-    )
+    remedy = f"chmod g-w,o= '{home}/control/smtpusers'".encode()
+    assert_trouble(done, words, b"uid %d to trust" % os.getuid(), remedy)
 
 
 @pytest.mark.parametrize("mode", [0o400, 0o440, 0o600, 0o640])
