@@ -26,6 +26,8 @@ TEMPORARY_FAILURE = 111  # checkpassword's interface: trouble, not a wrong passw
 FAILURE_DELAY = 5.0
 """Seconds before a refusal is told, against guessing."""
 
+_DEFAULT_PATH = b"/bin:/usr/bin"  # execvp(3)
+
 _RESET_SIGNALS = (SIGPIPE, SIGXFSZ)  # which the interpreter ignores
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.0005, 0.02  # seconds between looks at the child
 
@@ -113,12 +115,29 @@ def _start(arguments: Sequence[bytes], descriptor: int, environ: Mapping[bytes, 
         (os.POSIX_SPAWN_DUP2, 2, 1),
         (os.POSIX_SPAWN_DUP2, descriptor, 3),
     ]
-    try:
-        return os.posix_spawnp(
-            arguments[0], list(arguments), environ, file_actions=actions, setsigdef=_RESET_SIGNALS
-        )
-    except ValueError as error:  # an environment that no process can have
-        raise OSError(0, str(error)) from None
+    why = "No such file or directory"
+    for path in _paths(arguments[0], environ):
+        try:
+            return os.posix_spawn(
+                path, list(arguments), environ, file_actions=actions, setsigdef=_RESET_SIGNALS
+            )
+        except ValueError as error:  # an environment that no process can have
+            raise OSError(0, str(error)) from None
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # as in execvp(3): it may be in the next directory
+        except PermissionError as error:
+            why = error.strerror or why
+    raise OSError(0, why)
+
+
+def _paths(name: bytes, environ: Mapping[bytes, bytes]) -> list[bytes]:
+    """Where execvp(3) looks for a program; by the PATH of the session, which rules may have set,
+    and not by that of the process.
+    """
+    if b"/" in name:
+        return [name]
+    directories = environ.get(b"PATH", _DEFAULT_PATH).split(b":")
+    return [b"%s/%s" % (directory or b".", name) for directory in directories]
 
 
 def _write(descriptor: int, text: bytes, deadline: float) -> None:

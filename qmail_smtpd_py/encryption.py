@@ -118,7 +118,10 @@ class Encryption:
         from . import handover
 
         try:
-            self._offer = handover.offer(path, (0, 1, 2), self._arguments, self._environ)
+            environ = self._environ
+            if not environ.get(b"QMAILHOME", b"/").startswith(b"/"):
+                environ = {**environ, b"QMAILHOME": os.getcwdb()}  # the helper is somewhere else
+            self._offer = handover.offer(path, (0, 1, 2), self._arguments, environ)
         except handover.HandoverError as error:
             why = f"no help from {os.fsdecode(path)}: {error}; doing TLS ourselves"
             self._log("error", {"why": why})

@@ -41,12 +41,19 @@ from .rehearsal import rehearse
 from .smtpd import Resources, Server, environment, give_no_tickets
 from .worker import Helper, Service, Worker
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Sequence
+
 _SIGNALS = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
     signal.SIGUSR2, signal.SIGCHLD,
 )  # fmt: skip
 
 _KILL_SECONDS = 3.0  # after which a worker that was to end is stopped, or stuck
+
+_TRIAL_SECONDS = 10  # for a program to show its usage
 
 _LOOK_SECONDS = 1.0  # between two looks of the parent for what forks are to share
 
@@ -56,7 +63,7 @@ class Listener:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._directory = os.getcwd()  # which names in the command line may be relative to
+        self._directory = _current_directory()  # which names may be relative to
         self._heritage = sockets.inherit()
         self._environ = environment()  # now, as -u may not be able to see all of it
         self._socket = self._heritage.socket or sockets.bind(options)
@@ -120,7 +127,8 @@ class Listener:
         if environ.get(b"TLSTICKETS") == b"0":
             give_no_tickets(environ)
         arguments = [os.fsencode(word) for word in options.arguments]
-        resources = Resources(CachedControlFiles(), tls.CachedContexts())
+        start = os.fsencode(self._directory)
+        resources = Resources(CachedControlFiles(), tls.CachedContexts(), start)
         service = Service(environ, arguments, resources, options.look_ups)
         service.rules = options.rules
         service.proxies = options.proxies
@@ -254,15 +262,15 @@ class Listener:
         except OSError as error:
             self._tell(f"warning: cannot restart: {error.strerror}")
             return
-        # Until the new one has handlers, what comes would end it: it is to wait instead.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        while self._signals:
-            os.kill(os.getpid(), self._signals.pop())  # and so is what came a moment ago
         try:
             with open("/proc/self/cmdline", "rb") as file:  # with the interpreter's own options
                 words = file.read().split(b"\0")[:-1]
             self._go_to_start()
-            open(sys.argv[0]).close()  # or the interpreter would not find it, and end us
+            self._try_to_start(words[: len(words) - len(sys.argv) + 1])
+            # Until the new one has handlers, what comes would end it: it is to wait instead.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            while self._signals:
+                os.kill(os.getpid(), self._signals.pop())  # and so is what came a moment ago
             heritage = self._heritage.leave(self._socket, pool.workers)
             pool.replace_all()
             os.execve(sys.executable, words, {**self._environ, **heritage})
@@ -277,13 +285,53 @@ class Listener:
     def _go_to_start(self) -> None:
         """Go to the directory of the start; raises OSError where a name depends on it.
 
-        It may be one that -u may not enter, such as root's home.
+        It may be one that -u may not enter, such as root's home, or that is there no more.
         """
         try:
             os.chdir(self._directory)
-        except PermissionError:
-            if self._options.has_relative_names or not os.path.isabs(sys.argv[0]):
+        except OSError:
+            names = sys.argv[0], os.fsdecode(self._environ.get(b"QMAILHOME") or b"/")
+            if self._options.has_relative_names or not all(map(os.path.isabs, names)):
                 raise
+
+    def _try_to_start(self, command: Sequence[bytes]) -> None:
+        """See that the program that is there now can be started; raises OSError.
+
+        The interpreter would end us where it does not find it, or not all that it imports.
+        """
+        import subprocess
+
+        open(sys.argv[0]).close()
+        try:
+            done = subprocess.run(
+                [*command, b"--help"],
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=_TRIAL_SECONDS,
+                check=True,
+            )
+        except subprocess.SubprocessError as error:
+            raise OSError(0, f"it does not start: {_ending(error)}", sys.argv[0]) from None
+        if not done.stdout.startswith(f"usage: {NAME} ".encode()):
+            raise OSError(0, "it is another program", sys.argv[0])
+
+
+def _ending(error: subprocess.SubprocessError) -> str:
+    """How a program ended that was tried: the last line that it said, if any."""
+    said = (getattr(error, "stderr", None) or b"").splitlines()
+    if said:
+        return os.fsdecode(said[-1])
+    status = getattr(error, "returncode", None)
+    return f"no usage in {_TRIAL_SECONDS} s" if status is None else f"exit status {status}"
+
+
+def _current_directory() -> str:
+    """Where we are; empty where that is there no more, or may not be known."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
 def _fill_descriptors() -> None:

@@ -15,12 +15,13 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as Socket
-    from ipaddress import IPv4Address, IPv6Address
+    from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
     from typing import Union
 
     Address = Union[IPv4Address, IPv6Address]
 
 _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+_MAPPED = 96  # bits before the IPv4 address
 _START_V1 = b"PROXY "
 _LONGEST_V1 = 107
 _HEADER_V2 = 16
@@ -49,11 +50,20 @@ class Peers:
 
     def __init__(self, text: str) -> None:
         """Raises ValueError where the text is no such list."""
-        self._networks = [ipaddress.ip_network(word.strip()) for word in text.split(",")]
+        self._networks = [_network(word.strip()) for word in text.split(",")]
 
     def __contains__(self, ip: str) -> bool:
         address = ipaddress.ip_address(ip)
         return any(address in network for network in self._networks)
+
+
+def _network(text: str) -> IPv4Network | IPv6Network:
+    """The network; IPv4 in IPv6's clothes as IPv4, as peers have it (RFC 4291 section 2.5.5.2)."""
+    network = ipaddress.ip_network(text)
+    inner = getattr(network.network_address, "ipv4_mapped", None)
+    if inner is None or network.prefixlen < _MAPPED:
+        return network
+    return ipaddress.ip_network((inner, network.prefixlen - _MAPPED))
 
 
 def read_header(connection: Socket, seconds: float) -> Addresses | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MORE = "morercpthosts.cdb"
 
 _LONGEST_DOMAIN = 255  # octets (RFC 1035 section 2.3.4)
+_MOST_PARENTS = 20  # labels of an entry for subdomains; more than IPv6's networks have
 
 
 class RcptHosts:
@@ -41,8 +42,9 @@ class RcptHosts:
             return True
         if self._more is None:
             return False
-        # No domain is longer; to hash what is would make work, the more dots there are.
-        return any(_is_in_more(self._more, key) for key in keys if len(key) <= _LONGEST_DOMAIN)
+        # Each takes a hash, which would be work without an end where somebody sends many dots.
+        likely = [*keys[:1], *keys[1:][-_MOST_PARENTS:]]
+        return any(_is_in_more(self._more, key) for key in likely if len(key) <= _LONGEST_DOMAIN)
 
     def close(self) -> None:
         """Close morercpthosts.cdb."""

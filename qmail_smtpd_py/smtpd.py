@@ -42,15 +42,19 @@ AUTH_FAILURES, AUTH_FAILURES_PERIOD = 30, 3600
 
 class Resources:
     """What a process keeps from one connection to the next: how it reads control files, and where
-    there is more than one connection, TLS contexts; what does TLS, once that is loaded; and which
-    qmail-queues it has given up that may not have ended yet.
+    there is more than one connection, TLS contexts, and in which directory it was started; what
+    does TLS, once that is loaded; and which qmail-queues it has given up that may not have ended
+    yet.
     """
 
-    __slots__ = ("_home", "contexts", "encryption", "files", "left_queues")
+    __slots__ = ("_home", "_start", "contexts", "encryption", "files", "left_queues")
 
-    def __init__(self, files: ControlFiles, contexts: CachedContexts | None = None) -> None:
+    def __init__(
+        self, files: ControlFiles, contexts: CachedContexts | None = None, start: bytes = b""
+    ) -> None:
         self.files = files
         self.contexts = contexts
+        self._start = start
         self.left_queues: list[int] = []
         self.encryption: type[Encryption] | None = None
         self._home: bytes | None = None
@@ -58,6 +62,8 @@ class Resources:
     def go_home(self, environ: Mapping[bytes, bytes]) -> None:
         """Make the qmail home the current directory; raises ControlError."""
         home = home_of(environ)
+        if self._start and not home.startswith(b"/"):
+            home = b"%s/%s" % (self._start, home)
         if home == self._home:
             return
         try:

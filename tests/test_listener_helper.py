@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import os
 import random
+import shutil
 import signal
 import socket
 import threading
@@ -154,6 +155,20 @@ def test_sessions_one_after_the_other(mx: Stage) -> None:
         assert served(helper, 20) == worker
         assert os.listdir(f"/proc/{worker}/fd") == before
         assert children(worker) == set()
+
+
+def test_a_relative_home_is_that_of_the_program(mx: Stage, tmp_path: Path) -> None:
+    (tmp_path / "helper's").symlink_to(mx.home)
+    with helping(mx):
+        second = tmp_path / "second"
+        shutil.copytree(mx.home, second, ignore=shutil.ignore_patterns("helper"))
+        (second / "control/me").write_text("second.example.org\n")
+        for home, cwd in ((".", second), ("second", tmp_path)):
+            mx.environment({"QMAILHOME": home})
+            with Program(mx, cwd=cwd) as program:
+                assert program.client.reply() == "220 second.example.org ESMTP"
+                start_tls(program.client)
+                assert "second.example.org" in (program.client.command(b"EHLO x") or "")
 
 
 def test_a_second_helper_leaves_the_first_its_socket(mx: Stage, helper: Helping) -> None:

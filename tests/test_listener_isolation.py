@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +16,10 @@ from conformance.client import Client
 from conformance.program import ROOT
 from conformance.stage import Stage
 from conformance.transport import SocketConnection
-from listener.listening import PATIENCE, Listening, octet_environment
+from listener.listening import PATIENCE, Listening, eventually, octet_environment
 from listener.mail import (
     ENVELOPE,
+    PLAIN,
     authenticate,
     begin_message,
     quit_,
@@ -175,6 +179,38 @@ def test_a_session_that_was_cut_in_tls(mx: Stage) -> None:
         send_message(second)
         quit_(second)
     assert b"half" not in mx.deliveries()[-1].read[0]
+
+
+# Where names are looked for
+
+
+def test_path_is_that_of_the_session(mx: Stage) -> None:
+    """A rule may set where the check program is."""
+    mx.arguments("checkpassword", "@true")
+    sets = f'PATH="/nonexistent:{mx.home}/control/me:{mx.tools}:/usr/bin"'
+    rules = compile_rules(mx.home / "rules.cdb", f"{(user := address())}:allow,{sets}\n:allow\n")
+    with Listening(mx, "-c", "1", "-x", str(rules)) as listener:
+        for source, answer in ((user, "235 "), (None, "454 "), (user, "235 ")):
+            client = listener.greeted(source)
+            assert (client.command(PLAIN) or "").startswith(answer)
+            quit_(client)
+
+
+def test_a_relative_home_is_that_of_the_start(mx: Stage, tmp_path: Path) -> None:
+    """Whatever the home of the client before was."""
+    second = tmp_path / "second"
+    shutil.copytree(mx.home, second)
+    (second / "control/me").write_text("second.example.org\n")
+    (user, other) = (address(), address())
+    lines = f'{user}:allow,QMAILHOME="{second}"\n{other}:allow,QMAILHOME="second"\n:allow\n'
+    rules = compile_rules(tmp_path / "rules.cdb", lines)
+    mx.environment({"QMAILHOME": os.path.relpath(mx.home, tmp_path)})
+    first, others = "220 mx.example.org ESMTP", "220 second.example.org ESMTP"
+    with Listening(mx, "-c", "1", "-x", str(rules), cwd=tmp_path) as listener:
+        for source, greeting in ((None, first), (user, others), (None, first), (other, others)):
+            assert listener.connect(source).reply() == greeting
+        listener.signal(signal.SIGHUP)
+        eventually(lambda: listener.connect().reply() == first, "it is found again")
 
 
 # Secrets

@@ -223,6 +223,14 @@ def test_any_octets(seed: int) -> None:
                 assert all(0 <= port <= 65535 for port in (found.remote_port, found.local_port))
 
 
+@pytest.mark.parametrize("text", ["::ffff:192.0.2.10", "::ffff:192.0.2.0/120"])
+def test_a_peer_in_ipv6_s_clothes(text: str) -> None:
+    peers = Peers(text)
+    assert "192.0.2.10" in peers
+    assert "192.0.3.10" not in peers
+    assert "2001:db8::1" not in Peers("::ffff:0:0/96")
+
+
 def test_peers() -> None:
     peers = Peers("192.0.2.10, 198.51.100.0/24,2001:db8::/32")
     for ip in ("192.0.2.10", "198.51.100.255", "2001:db8:1::1"):

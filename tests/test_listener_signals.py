@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -407,6 +409,47 @@ def test_a_restart_without_a_program_or_a_directory(mx: Stage, tmp_path: Path) -
         listener.signal(signal.SIGUSR2)
         listener.log.wait_for(r": warning: cannot restart: \S+launcher: No such file")
         (tmp_path / "renamed").rename(mx.home)
+        quit_(listener.greeted())
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "it is another program"),
+        ("print('usage: other')", "it is another program"),
+        ("half a program", "it does not start: SyntaxError: invalid syntax"),
+        ("import nothing", "it does not start: ModuleNotFoundError: No module named 'nothing'"),
+        ("raise SystemExit(3)", "it does not start: exit status 3"),
+    ],
+)
+def test_a_restart_with_a_program_that_does_not_start(
+    mx: Stage, tmp_path: Path, text: str, why: str
+) -> None:
+    path = program()[-1]
+    script = tmp_path / "launcher"
+    script.write_text(Path(path).read_text().replace("__file__", repr(path)))
+    with Listening(mx, command=(sys.executable, "-I", str(script))) as listener:
+        script.write_text(text)
+        listener.signal(signal.SIGUSR2)
+        what = rf"{re.escape(str(script))}: {why} \(uid \d+\)$"
+        listener.log.wait_for(rf": warning: cannot restart: {what}")
+        client = listener.greeted()
+        send_message(client)
+        quit_(client)
+        script.write_text(Path(path).read_text().replace("__file__", repr(path)))
+        listener.signal(signal.SIGUSR2)
+        listener.log.wait_for(r": status: 0/40$", 3)
+        quit_(listener.greeted())
+
+
+def test_a_start_where_the_directory_is_gone(mx: Stage, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    before = ("sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(gone))
+    with Listening(mx, before=before) as listener:
+        quit_(listener.greeted())
+        listener.signal(signal.SIGUSR2)
+        listener.log.wait_for(r": status: 0/40$", 3)
         quit_(listener.greeted())
 
 
