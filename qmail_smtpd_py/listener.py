@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from errno import EACCES
 
 # What nobody names below is what sessions import late: here before the first, as the files may be
 # gone by then, if a newer version was installed meanwhile.
@@ -38,7 +39,7 @@ from .encryption import why_not_loaded
 from .options import NAME, USAGE, Options, StartError, UsageError
 from .prefork import Place, Pool
 from .rehearsal import rehearse
-from .smtpd import Resources, Server, environment, give_no_tickets
+from .smtpd import Resources, Server, environment, give_no_tickets, home_of
 from .worker import Helper, Service, Worker
 
 TYPE_CHECKING = False
@@ -260,7 +261,9 @@ class Listener:
         try:
             here = os.open(".", os.O_PATH)  # it may have no name any more
         except OSError as error:
-            self._tell(f"warning: cannot restart: {error.strerror}")
+            home = os.fsdecode(home_of(self._environ))
+            why = f"{home}: {error.strerror} (uid {os.geteuid()})"
+            self._tell(f"warning: cannot restart: {why}")
             return
         try:
             with open("/proc/self/cmdline", "rb") as file:  # with the interpreter's own options
@@ -295,12 +298,17 @@ class Listener:
                 raise
 
     def _try_to_start(self, command: Sequence[bytes]) -> None:
-        """See that the program that is there now can be started; raises OSError.
+        """See that the program that is there now can be started, and the qmail home be entered;
+        raises OSError.
 
         The interpreter would end us where it does not find it, or not all that it imports.
         """
         import subprocess
 
+        home = os.fsdecode(home_of(self._environ))
+        os.stat(home)
+        if not os.access(home, os.X_OK):
+            raise PermissionError(EACCES, os.strerror(EACCES), home)
         open(sys.argv[0]).close()
         try:
             done = subprocess.run(

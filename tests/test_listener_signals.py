@@ -404,11 +404,13 @@ def test_a_restart_without_a_program_or_a_directory(mx: Stage, tmp_path: Path) -
     script.chmod(0o755)
     with Listening(mx, command=(*words, str(script))) as listener:
         quit_(listener.greeted())
-        script.unlink()
         mx.home.rename(tmp_path / "renamed")
         listener.signal(signal.SIGUSR2)
-        listener.log.wait_for(r": warning: cannot restart: \S+launcher: No such file")
+        listener.log.wait_for(rf": warning: cannot restart: {mx.home}: No such file")
         (tmp_path / "renamed").rename(mx.home)
+        script.unlink()
+        listener.signal(signal.SIGUSR2)
+        listener.log.wait_for(r": warning: cannot restart: \S+launcher: No such file")
         quit_(listener.greeted())
 
 
