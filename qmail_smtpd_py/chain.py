@@ -136,6 +136,7 @@ class Chain:
 
     def follow(self, words: list[str], environ: dict[str, str]) -> bool:
         """Go along the chain, changing the environment; whether qmail-smtpd was found."""
+        before = len(self.programs)
         while words and self.program is None:
             name = os.path.basename(words[0])
             try:
@@ -147,6 +148,8 @@ class Chain:
                     self._note(f"{name}: {error}")
                 self.has_gap = True
                 words = self._search(words[1:])
+        if self.program is None and self.script is None:
+            del self.programs[before:]  # they need be no programs: builtins, functions
         return self.program is not None
 
     def _step(self, name: str, words: list[str], environ: dict[str, str]) -> list[str]:

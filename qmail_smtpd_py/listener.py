@@ -303,8 +303,10 @@ class Listener:
 
         The interpreter would end us where it does not find it, or not all that it imports.
         """
-        import subprocess
-
+        try:
+            import subprocess
+        except ImportError as error:  # the interpreter that we are may be gone
+            raise OSError(0, str(error), sys.executable) from None
         home = os.fsdecode(home_of(self._environ))
         os.stat(home)
         if not os.access(home, os.X_OK):

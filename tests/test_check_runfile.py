@@ -251,6 +251,12 @@ def test_command_that_is_nothing(empty: str) -> None:
     assert (run.chain.port, run.notes) == (25, [])
 
 
+def test_programs_are_those_of_the_chain() -> None:
+    """Not what else is called, which may be the shell's own."""
+    script = "local x\nsetup\nexec softlimit -m 9 sh -c 'read y; exec tcpserver 0 25 qmail-smtpd'"
+    assert [name for name, _, _ in read(script).chain.programs] == ["softlimit", "sh", "tcpserver"]
+
+
 def test_numbers_that_are_none_or_too_large() -> None:
     much = "9" * 26
     run = read(f"ulimit -v ²\nulimit -d {much}\nexec tcpserver -u {much} 0 25 qmail-smtpd 2>&1")
