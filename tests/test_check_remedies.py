@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from listener.world import need_root
 
 from qmail_smtpd_py.findings import ERROR, WARNING, Report
 from qmail_smtpd_py.remedies import explain
-from qmail_smtpd_py.rights import user_name
+from qmail_smtpd_py.rights import group_name, user_name
 
 
 @pytest.fixture
@@ -53,9 +54,25 @@ def test_file_that_can_not_be_read(home: Path, words: str, level: str, remedy: s
     assert found["cause"].endswith(" 0600")
 
 
+def test_secret_of_another_service(home: Path) -> None:
+    """That one is to go on reading it: chown would take it away."""
+    need_root()
+    path = home / "control/servercert.pem"
+    path.touch(0o600)
+    os.chown(path, 65534, 65534)
+    found = problem("STARTTLS not offered: cannot read control/servercert.pem: Permission denied")
+    assert found["remedy"] == f"chgrp {group_name(os.getegid())} {path}; chmod 640 {path}"
+
+
 @pytest.mark.parametrize(
     ("why", "code"),
     [
+        (
+            "ModuleNotFoundError (uid 89): can it not read the program, or is the memory limit ...",
+            "program-unreadable",
+        ),
+        ("cannot use /etc/tcp.smtp.cdb: the file is cut off", "rules-damaged"),
+        ("cannot use control/morercpthosts.cdb: the file is cut off", "morercpthosts-damaged"),
         ("control/clientca.pem: no start line", "clientca-unusable"),
         ("control/clientcrl.pem: no start line; no client certificate counts", "crl-unusable"),
         ("control/dh2048.pem: no start line", "dh-unusable"),

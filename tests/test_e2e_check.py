@@ -666,6 +666,11 @@ def test_users_file(checked, passwords):
     path.chmod(0o600)
     problem = checked.find(**service).only("users-file", "error")
     assert "root:" in problem["cause"]
+    path.write_text("# users\nnone\n")
+    os.chown(path, mail_user().pw_uid, -1)
+    problem = checked.find(**service).only("users-file", "error")
+    assert problem["what"].endswith("'control/smtpusers': line 2 is malformed")
+    assert problem["remedy"] == "mend it, or take it out"
     path.unlink()
     problem = checked.find(**service).only("users-file", "error")
     assert problem["remedy"] == "qmail-smtpd-users set USER makes it"
