@@ -94,6 +94,11 @@ class Listener:
         port: int = self._socket.getsockname()[1]
         return port
 
+    @property
+    def _home(self) -> str:
+        """The qmail home of those clients for whom rules set no other."""
+        return os.fsdecode(home_of(self._environ))
+
     def run(self) -> None:
         """Serve until a signal says stop, and then until the last session is over."""
         options = self._options
@@ -261,8 +266,7 @@ class Listener:
         try:
             here = os.open(".", os.O_PATH)  # it may have no name any more
         except OSError as error:
-            home = os.fsdecode(home_of(self._environ))
-            why = f"{home}: {error.strerror} (uid {os.geteuid()})"
+            why = f"{self._home}: {error.strerror} (uid {os.geteuid()})"
             self._tell(f"warning: cannot restart: {why}")
             return
         try:
@@ -293,7 +297,7 @@ class Listener:
         try:
             os.chdir(self._directory)
         except OSError:
-            names = sys.argv[0], os.fsdecode(self._environ.get(b"QMAILHOME") or b"/")
+            names = sys.argv[0], self._home
             if self._options.has_relative_names or not all(map(os.path.isabs, names)):
                 raise
 
@@ -307,10 +311,9 @@ class Listener:
             import subprocess
         except ImportError as error:  # the interpreter that we are may be gone
             raise OSError(0, str(error), sys.executable) from None
-        home = os.fsdecode(home_of(self._environ))
-        os.stat(home)
-        if not os.access(home, os.X_OK):
-            raise PermissionError(EACCES, os.strerror(EACCES), home)
+        os.stat(self._home)
+        if not os.access(self._home, os.X_OK):
+            raise PermissionError(EACCES, os.strerror(EACCES), self._home)
         open(sys.argv[0]).close()
         try:
             done = subprocess.run(

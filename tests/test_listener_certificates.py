@@ -12,6 +12,7 @@ from cryptography import x509
 from e2e.certificates import Certificate
 from listener.listening import Listening
 from listener.mail import quit_
+from listener.world import put
 
 from qmail_smtpd_py import certificates
 from qmail_smtpd_py.tls import NamedContexts
@@ -20,15 +21,6 @@ pytestmark = pytest.mark.tls
 pytest_plugins = ["listener.fixtures"]
 
 NAMED = "mail.example.net"
-
-
-def put(stage: Stage, path: str, made: Certificate) -> None:
-    """Put a certificate in its place as a renewal does, in one step."""
-    place = stage.home / "control" / path
-    place.parent.mkdir(parents=True, exist_ok=True)
-    new = place.with_suffix(".new")
-    new.write_bytes(made.key_pem + made.chain)
-    new.replace(place)
 
 
 def subject(listener: Listening, name: str | None = None, ciphers: str = "ALL") -> str:

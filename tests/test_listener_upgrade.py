@@ -5,7 +5,6 @@ needs them no more.
 from __future__ import annotations
 
 import base64
-import ssl
 import sys
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from conformance.client import Client
 from conformance.stage import Stage
 from e2e.certificates import Certificate
 from listener.listening import Listening
-from listener.mail import authenticate, quit_, send_message
+from listener.mail import authenticate, quit_, send_message, start_tls
+from listener.world import put
 
 pytestmark = pytest.mark.tls
 pytest_plugins = ["listener.fixtures"]
@@ -34,42 +34,28 @@ sys.exit(main())
 """A program that tells of each module that is looked for behind the fork."""
 
 NAMED = "mail.example.net"
-
-VERSIONS = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
-
-
-class Clients:
-    """A client certificate, and an authority that control files name, which has revoked others."""
-
-    def __init__(self, mx: Stage, directory: Path) -> None:
-        authority = Certificate("authority", authority=True)
-        mine = Certificate("client", issuer=authority, email="client@example.org")
-        self._file = directory / "client.pem"
-        self._file.write_bytes(mine.key_pem + mine.chain)
-        revoked = Certificate("revoked", issuer=authority)
-        mx.control(
-            {
-                "clientca.pem": authority.pem.decode(),
-                "clientcrl.pem": authority.revoke(revoked).decode(),
-                "tlsclients": "client@example.org\n",
-            }
-        )
-
-    def start_tls(self, client: Client, version: ssl.TLSVersion) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        context.maximum_version = version
-        context.load_cert_chain(self._file)
-        assert client.command(b"STARTTLS") == "220 ready for tls"
-        assert client.handshake(context, NAMED) == "ok"
+BY_NAME = f"servercerts/{NAMED}/servercert.pem"
 
 
-def renew(mx: Stage, path: str, is_whole: bool = True) -> None:
-    made, other = Certificate("renewed"), Certificate("other", "RSA-2048")
-    place = mx.home / "control" / path
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_bytes((made if is_whole else other).key_pem + made.chain)
+def put_client_certificate(mx: Stage, path: Path) -> None:
+    """Make a client's certificate; control files name its authority, which has revoked others."""
+    authority = Certificate("authority", authority=True)
+    mine = Certificate("client", issuer=authority, email="client@example.org")
+    path.write_bytes(mine.key_pem + mine.chain)
+    mx.control(
+        {
+            "clientca.pem": authority.pem.decode(),
+            "clientcrl.pem": authority.revoke(Certificate("revoked", issuer=authority)).decode(),
+            "tlsclients": "client@example.org\n",
+        }
+    )
+
+
+def broken() -> Certificate:
+    """A certificate with the key of another."""
+    made = Certificate("broken")
+    made.key = Certificate("other").key
+    return made
 
 
 def cram(client: Client) -> None:
@@ -79,7 +65,8 @@ def cram(client: Client) -> None:
 
 
 def test_what_sessions_need_is_there_before_the_first(mx: Stage, tmp_path: Path) -> None:
-    clients = Clients(mx, tmp_path)
+    put_client_certificate(mx, tmp_path / "client.pem")
+    how = {"sni": NAMED, "cert": str(tmp_path / "client.pem")}
     mx.environment(
         {
             "AUTHFAILTABLE": str(tmp_path / "failures"),
@@ -90,26 +77,26 @@ def test_what_sessions_need_is_there_before_the_first(mx: Stage, tmp_path: Path)
     )
     command = (sys.executable, "-I", "-c", LISTENER)
     with Listening(mx, "-c", "1", "-h", "--max-use=1000", command=command) as listener:
-        for version in VERSIONS:
+        for version in ("1.2", "1.3"):
             client = listener.greeted()
-            clients.start_tls(client, version)
+            start_tls(client, max=version, **how)
             authenticate(client)
             send_message(client)
             quit_(client)
             client = listener.greeted()
-            clients.start_tls(client, version)
+            start_tls(client, max=version, **how)
             assert client.command(b"MAIL FROM:<a@example.com>") == "250 ok"
             assert client.command(b"RCPT TO:<user@elsewhere.example>") == "250 ok"
             assert client.command(b"RCPT TO:<user@[127.0.0.1]>") == "250 ok"
             quit_(client)
-            renew(mx, "servercert.pem")
-            renew(mx, f"servercerts/{NAMED}/servercert.pem")
+            put(mx, "servercert.pem", Certificate("renewed"))
+            put(mx, BY_NAME, Certificate("renewed"))
         cram(client := listener.greeted())
         quit_(client)
-        renew(mx, f"servercerts/{NAMED}/servercert.pem", is_whole=False)
-        clients.start_tls(client := listener.greeted(), VERSIONS[1])
+        put(mx, BY_NAME, broken())
+        start_tls(client := listener.greeted(), **how)
         quit_(client)
-        renew(mx, "servercert.pem", is_whole=False)
+        put(mx, "servercert.pem", broken())
         client = listener.greeted()
         assert (client.command(b"STARTTLS") or "").startswith("454 ")
         mx.plan("checkpassword", {"exit": 1})

@@ -1,4 +1,5 @@
-"""What a listener finds around it: addresses, names, ident answers, all of this test's own.
+"""What a listener finds around it: addresses, names, ident answers, certificates, all of this
+test's own.
 
 Loopback has 16 million addresses, so that each test has its own for clients, for a name server and
 for ident, and none of them is in the way of another.  The ports are those of the protocols, which
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conformance.stage import Stage
+from e2e.certificates import Certificate
 from e2e.programs import as_mail_user, find, lack, mail_user, need
 
 from .listening import program
@@ -146,6 +148,15 @@ def need_private_etc() -> None:
     command = [unshare, "--mount", "mount", "--bind", "/etc/hosts", "/etc/hosts"]
     if not unshare or subprocess.run(command, capture_output=True, check=False).returncode:
         lack("no right to a mount namespace")
+
+
+def put(stage: Stage, path: str, made: Certificate) -> None:
+    """Put a certificate in its place as a renewal does, in one step."""
+    place = stage.home / "control" / path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    new = place.with_suffix(".new")
+    new.write_bytes(made.key_pem + made.chain)
+    new.replace(place)
 
 
 def need_root() -> None:
