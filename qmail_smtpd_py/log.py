@@ -36,12 +36,13 @@ _takes_more.register(DESCRIPTOR, select.POLLOUT)
 
 def format_line(event: str, fields: Mapping[str, object]) -> bytes:
     """The line for an event, without its line feed; fields that are None are left out."""
-    words = [b"qmail-smtpd[%d]: %s" % (os.getpid(), event.encode())]
+    line = b"qmail-smtpd[%d]: %s" % (os.getpid(), event.encode())
     for key, value in fields.items():
         if value is not None:
             octets = value if type(value) is bytes else str(value).encode(*_CODING)
-            words.append(b"%s=%s" % (key.encode(), _escape(octets)))
-    line = b" ".join(words)
+            if not octets or len(octets) > _VALUE_LIMIT or octets.translate(None, _PLAIN):
+                octets = _quote(octets)
+            line += b" " + key.encode() + b"=" + octets
     return line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + b'..."'
 
 
@@ -83,10 +84,10 @@ def where(error: BaseException) -> str:
     return f"{type(error).__name__} at {file} line {trace.tb_lineno}"
 
 
-def _escape(value: bytes) -> bytes:
-    """The value as it stands in a line; of one that is too long, its start and its length."""
-    if value and len(value) <= _VALUE_LIMIT and not value.translate(None, _PLAIN):
-        return value
+def _quote(value: bytes) -> bytes:
+    """A value that is not plain, in quotation marks; of one that is too long, its start and its
+    length.
+    """
     start = value[:_VALUE_LIMIT]
     octets = (b"%c" % octet if octet in _QUOTABLE else b"\\x%02x" % octet for octet in start)
     rest = b"" if len(start) == len(value) else b"...(%d octets)" % len(value)

@@ -60,8 +60,12 @@ def _domains(text: bytes | None) -> frozenset[bytes] | None:
 
 def _keys_for(domain: bytes) -> list[bytes]:
     """The entries that would allow a domain: itself, and what follows it from each dot on."""
-    dots = (at for at in range(1, len(domain)) if domain[at : at + 1] == b".")
-    return [domain, *(domain[at:] for at in dots)] if domain else []
+    keys = [domain] if domain else []
+    dot = domain.find(b".", 1)
+    while dot > 0:
+        keys.append(domain[dot:])
+        dot = domain.find(b".", dot + 1)
+    return keys
 
 
 def _is_in_more(descriptor: int, key: bytes) -> bool:

@@ -21,11 +21,9 @@ class Reply:
 
     def render(self) -> bytes:
         """The octets of the reply (RFC 5321 section 4.2.1)."""
-        code = b"%d" % self.code
         *first, last = self.lines
-        if not first:
-            return b"%s %s\r\n" % (code, last)
-        return b"".join(b"%s-%s\r\n" % (code, line) for line in first) + b"%s %s\r\n" % (code, last)
+        octets = b"%d %s\r\n" % (self.code, last)
+        return b"".join(b"%d-%s\r\n" % (self.code, line) for line in first) + octets
 
     def __repr__(self) -> str:
         return f"<Reply {self.code} {b' / '.join(self.lines)!r}>"

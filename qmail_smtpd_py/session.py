@@ -93,8 +93,9 @@ class Session:
             return b""  # in clear behind STARTTLS, or behind the end: it must not count
         self._unread.add(data)
         try:
-            while self.state in _READERS and _READERS[self.state](self):
-                pass
+            while self.state in _READERS and not self._unread.is_empty():
+                if not _READERS[self.state](self):
+                    break
         except ControlError as error:
             self._effects.log("error", {"why": str(error)})
             self._reply(reply.CONTROLS_UNREADABLE)
