@@ -115,6 +115,15 @@ class ControlFiles:
             return False
         return True
 
+    def lacks(self, name: str) -> bool:
+        """Whether there is no such file in a directory that is there: looked at anew.
+
+        While a directory is being put into the place of another, it seems to have nothing.
+        """
+        before = signature(DIRECTORY + ".")
+        is_there = _has_entry(name)
+        return before is not None and not is_there and signature(DIRECTORY + ".") == before
+
 
 class CachedControlFiles(ControlFiles):
     """The same, for a process that serves many connections: what was read is kept until `refresh`

@@ -24,12 +24,17 @@ _MOST_PARENTS = 20  # labels of an entry for subdomains; more than IPv6's networ
 
 
 class RcptHosts:
-    """The lists as they are when the session starts.  `close` gives the descriptor back."""
+    """The lists as they are when the session starts; raises ControlError.  `close` gives the
+    descriptor back.
+    """
 
     __slots__ = ("_domains", "_more")
 
     def __init__(self, files: ControlFiles) -> None:
         self._domains = files.load("rcpthosts", _domains)
+        if self._domains is None and not files.lacks("rcpthosts"):
+            # Where it is not there, everybody may relay: let nobody, as long as that is not sure.
+            raise ControlError("control/rcpthosts is not there, or not yet: try again")
         self._more = None if self._domains is None else files.open(_MORE)
 
     def allows(self, recipient: bytes) -> bool:

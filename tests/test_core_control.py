@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Callable
@@ -366,6 +367,44 @@ def test_rcpthosts_are_what_the_lists_say(
 def test_without_rcpthosts_everything_is_allowed(control: Path, recipient: bytes) -> None:
     (control / "morercpthosts.cdb").write_bytes(make_cdb({b"example.org": b""}))
     assert RcptHosts(ControlFiles()).allows(recipient)
+
+
+def test_a_directory_that_is_away_for_a_moment_opens_no_relay(
+    control: Path, files: ControlFiles
+) -> None:
+    (control / "rcpthosts").write_bytes(b"example.org\n")
+    files.line("me")
+    away = control.rename(control.with_name("away"))
+    files.refresh()
+    with pytest.raises(ControlError, match="control/rcpthosts is not there, or not yet"):
+        RcptHosts(files)
+    away.rename(control)
+    files.refresh()
+    assert not RcptHosts(files).allows(b"user@elsewhere.example")
+
+
+def test_no_moment_of_such_an_exchange_opens_a_relay(control: Path, files: ControlFiles) -> None:
+    (control / "rcpthosts").write_bytes(b"example.org\n")
+    away = control.with_name("away")
+    is_over = threading.Event()
+
+    def exchange() -> None:
+        while not is_over.is_set():
+            control.rename(away)
+            away.rename(control)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        for _ in range(1000):
+            files.refresh()
+            try:
+                assert not RcptHosts(files).allows(b"user@elsewhere.example")
+            except ControlError:
+                pass
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def test_an_address_without_domain_is_always_allowed(control: Path) -> None:
