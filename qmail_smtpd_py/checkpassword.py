@@ -30,6 +30,7 @@ _DEFAULT_PATH = b"/bin:/usr/bin"  # execvp(3)
 
 _RESET_SIGNALS = (SIGPIPE, SIGXFSZ)  # which the interpreter ignores
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.0005, 0.02  # seconds between looks at the child
+_REAP_SECONDS = 1.0
 
 
 def patience(timeout: float) -> float:
@@ -49,14 +50,16 @@ def authenticate(
     environ: Mapping[bytes, bytes],
     seconds: float,
     tell: Callable[[str], None],
+    left: list[int],
     refused: Callable[[], None] | None = None,
 ) -> Reply:
     """Run the check program on the text for descriptor 3; the reply to what it made of it.
 
     `seconds` is how long it may take; `tell` takes the words for the log where it is in trouble;
-    `refused` is called when it says no, before the delay.
+    `left` gets the process id of one that was given up and has not ended; `refused` is called when
+    it says no, before the delay.
     """
-    answer = _ask(arguments, text, environ, seconds, tell)
+    answer = _ask(arguments, text, environ, seconds, tell, left)
     if answer is reply.AUTH_FAILED:
         if refused:
             refused()
@@ -70,6 +73,7 @@ def _ask(
     environ: Mapping[bytes, bytes],
     seconds: float,
     tell: Callable[[str], None],
+    left: list[int],
 ) -> Reply:
     try:
         child_end, our_end = os.pipe()
@@ -89,14 +93,14 @@ def _ask(
     _write(our_end, text, deadline)
     os.close(our_end)
     status = _wait(pid, deadline)
-    return _reply_to(status, seconds, tell)
-
-
-def _reply_to(status: int | None, seconds: float, tell: Callable[[str], None]) -> Reply:
-    """The reply to a wait status, None where the program was killed for taking too long."""
     if status is None:
-        tell(f"check program killed: no answer in {seconds:g} s")
+        tell(f"check program {_give_up(pid, left)}: no answer in {seconds:g} s")
         return reply.AUTH_TROUBLE
+    return _reply_to(status, tell)
+
+
+def _reply_to(status: int, tell: Callable[[str], None]) -> Reply:
+    """The reply to a wait status."""
     if os.WIFSIGNALED(status):
         tell(f"check program ended by signal {os.WTERMSIG(status)}")
         return reply.AUTH_TROUBLE
@@ -155,7 +159,7 @@ def _write(descriptor: int, text: bytes, deadline: float) -> None:
 
 
 def _wait(pid: int, deadline: float) -> int | None:
-    """The child's wait status; None if it had to be killed.
+    """The child's wait status; None if it has not ended in time.
 
     The child alone is waited for, not the end of a pipe, which a daemon of its own would hold.
     """
@@ -165,8 +169,22 @@ def _wait(pid: int, deadline: float) -> int | None:
         if ended:
             return status
         if time.monotonic() > deadline:
-            os.kill(pid, 9)
-            os.waitpid(pid, 0)
             return None
         time.sleep(wait)
         wait = min(wait * 1.5, _LONGEST_WAIT)
+
+
+def _give_up(pid: int, left: list[int]) -> str:
+    """Kill a child, and say what became of it.
+
+    It may not be ours to kill any more, as it becomes whoever it has found, and one that waits for
+    a disk does not die: nobody waits for either.
+    """
+    became = "killed"
+    try:
+        os.kill(pid, 9)
+    except PermissionError:
+        became = "left alone, as it runs as another user"
+    if became != "killed" or _wait(pid, time.monotonic() + _REAP_SECONDS) is None:
+        left.append(pid)
+    return became

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import posix as os  # cheaper at start: see launcher.py
 import select
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ _QUOTABLE = _PRINTABLE.translate(None, b'"\\')
 _CODING = "utf-8", "backslashreplace"
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 
-_PATIENCE = 1000  # milliseconds
+PATIENCE = 1.0
+"""Seconds that a line waits for a reader that is slow, or stuck."""
+
 _takes_more = select.poll()
 _takes_more.register(DESCRIPTOR, select.POLLOUT)
 
@@ -46,9 +49,11 @@ def format_line(event: str, fields: Mapping[str, object]) -> bytes:
     return line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + b'..."'
 
 
-def write(event: str, fields: Mapping[str, object]) -> None:
-    """Write the line for an event; a log that takes nothing is no reason to refuse mail."""
-    _write(format_line(event, fields))
+def write(event: str, fields: Mapping[str, object], patience: float = PATIENCE) -> bool:
+    """Write the line for an event; False if the log took nothing for so many seconds, which is no
+    reason to refuse mail.
+    """
+    return _write(format_line(event, fields), patience)
 
 
 def write_line(line: str) -> None:
@@ -56,13 +61,36 @@ def write_line(line: str) -> None:
     _write(line.encode(*_CODING).translate(_TO_PRINTABLE)[:_LINE_LIMIT])
 
 
-def _write(line: bytes) -> None:
-    """Write a line, unless its reader is stuck: then it is lost, and the session goes on."""
+def _write(line: bytes, patience: float = PATIENCE) -> bool:
+    """Write a line; False if its reader is stuck: then it is lost, and the session goes on.
+
+    That there is room in a pipe is no promise: of all the processes that are told so, one has it.
+    So it is the write itself that must not wait.
+    """
+    octets = line + b"\n"
+    until = 0.0
     try:
-        if _takes_more.poll(_PATIENCE):
-            os.write(DESCRIPTOR, line + b"\n")
+        while not _write_at_once(octets):
+            now = time.monotonic()
+            until = until or now + patience
+            if now >= until or not _takes_more.poll((until - now) * 1000):
+                return False
     except OSError:
-        pass
+        pass  # nobody is there to read it
+    return True
+
+
+def _write_at_once(octets: bytes) -> bool:
+    """Write without a wait; False if there is no room now.  Raises OSError."""
+    try:
+        os.pwritev(DESCRIPTOR, (octets,), -1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:  # nobody promises that for files, or for pipes before Linux 6.4
+        if not _takes_more.poll(0):
+            return False
+        os.write(DESCRIPTOR, octets)
+    return True
 
 
 def text(octets: bytes) -> str:

@@ -43,11 +43,11 @@ AUTH_FAILURES, AUTH_FAILURES_PERIOD = 30, 3600
 class Resources:
     """What a process keeps from one connection to the next: how it reads control files, and where
     there is more than one connection, TLS contexts, and in which directory it was started; what
-    does TLS, once that is loaded; and which qmail-queues it has given up that may not have ended
-    yet.
+    does TLS, once that is loaded; and which children it has given up that may not have ended yet:
+    qmail-queues and check programs.
     """
 
-    __slots__ = ("_home", "_start", "contexts", "encryption", "files", "left_queues")
+    __slots__ = ("_home", "_start", "contexts", "encryption", "files", "left_children")
 
     def __init__(
         self, files: ControlFiles, contexts: CachedContexts | None = None, start: bytes = b""
@@ -55,7 +55,7 @@ class Resources:
         self.files = files
         self.contexts = contexts
         self._start = start
-        self.left_queues: list[int] = []
+        self.left_children: list[int] = []
         self.encryption: type[Encryption] | None = None
         self._home: bytes | None = None
 
@@ -108,6 +108,7 @@ class Server(Effects):
         self._rcpt_hosts = RcptHosts(files)
         self.is_smtps = b"SMTPS" in environ and self.connection.cipher is None
         self._encryption: Encryption | None = None
+        self._is_log_stuck = False  # then it is not waited for again
 
     @property
     def drops_early_talkers(self) -> bool:
@@ -141,7 +142,9 @@ class Server(Effects):
         return int(time.time())
 
     def log(self, event: str, fields: Mapping[str, object]) -> None:
-        log.write(event, {"ip": self.connection.remote_ip, **fields})
+        patience = 0.0 if self._is_log_stuck else log.PATIENCE
+        line = {"ip": self.connection.remote_ip, **fields}
+        self._is_log_stuck = not log.write(event, line, patience)
 
     # Policy
 
@@ -184,7 +187,7 @@ class Server(Effects):
         chosen = self._environ.get(b"QMAILQUEUE_CUSTOM_ERROR")
         with_text = chosen != b"0" if chosen else qmail_queue.writes_text(program)
         environ = self._child_environ(identity)
-        left = self._resources.left_queues
+        left = self._resources.left_children
         delivery = qmail_queue.open_delivery(program, environ, left, with_text)
         if delivery is None:
             self.log("error", {"why": "no descriptors or processes for qmail-queue"})
@@ -209,6 +212,7 @@ class Server(Effects):
             self._child_environ(identity),
             checkpassword.patience(self.timeout),
             self._log_error,
+            self._resources.left_children,
             failures.add if failures else None,
         )
 
@@ -468,9 +472,26 @@ def close_inherited(kept: Sequence[int]) -> None:
 def _tidy_descriptors(kept: Sequence[int]) -> None:
     """Close what was inherited and is not kept, so that no child gets it, and see that there is a
     descriptor 2: a pipe of ours in its place would never end for the child that reads it.
+
+    Where it is the client's connection, as inetd has it, it is not for the log or for children.
     """
     close_inherited(kept)
-    try:
-        os.fstat(2)
-    except OSError:
+    log_file = _behind(2)
+    if log_file is None:
         os.set_inheritable(os.open("/dev/null", os.O_WRONLY), True)  # the lowest that is free
+    elif log_file[0] == _SOCKET and log_file in (_behind(0), _behind(1)):
+        nowhere = os.open("/dev/null", os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+
+
+_FILE_TYPE, _SOCKET = 0o170000, 0o140000  # inode(7)
+
+
+def _behind(descriptor: int) -> tuple[int, ...] | None:
+    """The type, device and number of what a descriptor leads to; None if it is closed."""
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return None
+    return found.st_mode & _FILE_TYPE, found.st_dev, found.st_ino

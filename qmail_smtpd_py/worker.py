@@ -102,7 +102,7 @@ class Worker:
             incoming.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
             incoming.register(place.lifeline, select.EPOLLHUP)
             while served < self._most and place.is_wanted() and time.monotonic() < self._until:
-                reap(self._service.resources.left_queues)
+                reap(self._service.resources.left_children)
                 woken = incoming.poll(IDLE_SECONDS, 2)
                 if not woken and place.leave_if_spare():
                     return

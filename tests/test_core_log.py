@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 from conformance import logs
+from conformance.program import ROOT
+from e2e.programs import lack
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -76,3 +83,39 @@ def test_a_log_that_takes_nothing_stops_nothing(monkeypatch: pytest.MonkeyPatch)
     log.write("connect", {})
     os.close(full)
     log.write("connect", {})
+
+
+HERD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from qmail_smtpd_py import log
+end = time.monotonic() + 1.5
+while time.monotonic() < end:
+    log.write("mail", {"why": b"\\xff" * 1200})  # a line that fills a page
+"""
+
+
+def test_of_many_that_find_room_in_a_pipe_none_waits_for_ever() -> None:
+    """The reader takes a little now and then, so that all are told of it, and then nothing."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    try:
+        os.pwritev(writer, [b"x"], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        assert error.errno == errno.EOPNOTSUPP
+        lack("a kernel that writes to pipes without a wait (Linux 6.4)")
+    command = [sys.executable, "-I", "-S", "-c", HERD, str(ROOT)]
+    herd = [subprocess.Popen(command, stderr=writer) for _ in range(16)]
+    os.close(writer)
+    until = time.monotonic() + 1.2
+    while time.monotonic() < until:
+        os.read(reader, 4096)
+        time.sleep(0.001)
+    try:
+        for process in herd:
+            assert process.wait(10) == 0
+    finally:
+        for process in herd:
+            process.kill()
+            process.wait()
+        os.close(reader)

@@ -43,6 +43,7 @@ class Check:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.told: list[str] = []
+        self.left: list[int] = []
 
     def shell(self, script: str, text: bytes = TEXT, seconds: float = 60) -> Reply:
         """The reply to what a shell script says."""
@@ -53,7 +54,8 @@ class Check:
 
     def run(self, arguments: list[str], text: bytes = TEXT, seconds: float = 60) -> Reply:
         words = [os.fsencode(word) for word in arguments]
-        return checkpassword.authenticate(words, text, ENVIRON, seconds, self.told.append)
+        tell, left = self.told.append, self.left
+        return checkpassword.authenticate(words, text, ENVIRON, seconds, tell, left)
 
     def wrote(self, name: str) -> bytes:
         return (self.directory / name).read_bytes()
@@ -141,6 +143,27 @@ def test_a_program_that_ignores_signals_is_killed_all_the_same(check: Check) -> 
     assert check.shell(script, seconds=0.2) is reply.AUTH_TROUBLE
 
 
+def test_one_that_has_become_another_user_is_left_alone(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill(2) is refused then, but not to root, who may run this."""
+
+    def refuse(pid: int, signal: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(checkpassword.os, "kill", refuse)
+    seconds = took(lambda: check.shell("echo $$ >pid; exec sleep 100", seconds=0.3))
+    assert 0.3 <= seconds < SOON
+    (pid,) = check.left
+    assert pid == int(check.wrote("pid"))
+    assert check.told == [
+        "check program left alone, as it runs as another user: no answer in 0.3 s"
+    ]
+    monkeypatch.undo()
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+
+
 def test_a_daemon_that_it_leaves_behind_delays_nothing(check: Check) -> None:
     """It has all of the program's descriptors."""
     script = "sleep 100 & echo $! >pid; exit 0"
@@ -198,7 +221,7 @@ def test_a_refusal_is_counted_before_the_delay(
     def count() -> None:
         order.append("counted")
 
-    answer = checkpassword.authenticate([b"false"], TEXT, ENVIRON, 60, check.told.append, count)
+    answer = checkpassword.authenticate([b"false"], TEXT, ENVIRON, 60, check.told.append, [], count)
     assert answer is reply.AUTH_FAILED
     assert order == ["counted", 4711]
 

@@ -334,6 +334,49 @@ def test_a_log_that_nobody_reads(host: Stage) -> None:
     assert done.returncode == 0
 
 
+def test_a_log_that_nobody_reads_is_waited_for_once(host: Stage) -> None:
+    refused = b"RCPT TO:<user@elsewhere.example>\r\n" * 5
+    ours, theirs = socket.socketpair()
+    with ours, theirs, logs.nobody_reads() as log:
+        ours.sendall(MAIL + refused + b"QUIT\r\n")
+        begin = time.monotonic()
+        subprocess.run(
+            [*under_test(), *host.args],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=log,
+            env=host.env,
+            timeout=20,
+            check=True,
+        )
+    assert time.monotonic() - begin < 5  # there are seven lines
+
+
+def test_a_log_that_is_the_connection_itself(host: Stage) -> None:
+    """As inetd has it: the client gets replies, and children do not get the client."""
+    host.arguments("@checkpassword", "@true")
+    host.environment({"SMTPAUTH": "", "FORCETLS": "0"})
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        auth = b"AUTH PLAIN AHVzZXIAc2VzYW1l\r\n"
+        ours.sendall(auth + MAIL + RCPT + b"DATA\r\n")
+        started = subprocess.Popen(
+            [*under_test(), *host.args], stdin=theirs, stdout=theirs, stderr=theirs, env=host.env
+        )
+        theirs.close()
+        said = b""
+        while b"354 " not in said:
+            said += ours.recv(4096)
+        ours.sendall(b"x\r\n.\r\nQUIT\r\n")
+        while piece := ours.recv(4096):
+            said += piece
+    assert started.wait(20) == 0
+    assert grammar.codes(said) == [220, 235, 250, 250, 354, 250, 221]
+    (delivery,), (check,) = host.deliveries(), host.checks()
+    assert check.descriptors[1] == check.descriptors[2] == "/dev/null"
+    assert delivery.descriptors[2] == "/dev/null"
+
+
 def test_a_connection_that_is_none(host: Stage) -> None:
     done = subprocess.run(
         ["sh", "-c", 'exec "$@" >&-', "sh", *under_test(), *host.args],
