@@ -4,6 +4,7 @@ Each reply of the session is shown to `Conduct`, which counts those that refuse,
 
     500 501 502 504     a command that is none; not an AUTH exchange that was canceled
     535                 a failed AUTH attempt; so is one that was refused for those before it
+    454 to AUTH         trouble with the check program, which is started anew each time
     550 553             a recipient that is not taken
 
 Behind the reply that reaches a limit comes a 421 (RFC 5321 section 3.8).  503 and 555 do not count:
@@ -41,7 +42,7 @@ class Limits:
         self.recipients = recipients
 
 
-_BAD_COMMAND, _AUTH_FAILURE, _BAD_RECIPIENT = range(3)
+_BAD_COMMAND, _AUTH_FAILURE, _BAD_RECIPIENT, _AUTH_TROUBLE = range(4)
 
 _COUNTED: dict[object, int | None] = {
     500: _BAD_COMMAND,
@@ -51,6 +52,9 @@ _COUNTED: dict[object, int | None] = {
     504: _BAD_COMMAND,
     535: _AUTH_FAILURE,
     reply.AUTH_TOO_OFTEN: _AUTH_FAILURE,
+    reply.AUTH_TROUBLE: _AUTH_TROUBLE,
+    reply.AUTH_NO_CHILD: _AUTH_TROUBLE,
+    reply.AUTH_NO_PIPE: _AUTH_TROUBLE,
     550: _BAD_RECIPIENT,
     553: _BAD_RECIPIENT,
 }
@@ -60,6 +64,7 @@ _ENDS = (
     reply.TOO_MANY_BAD_COMMANDS,
     reply.TOO_MANY_AUTH_FAILURES,
     reply.TOO_MANY_BAD_RECIPIENTS,
+    reply.TOO_MANY_AUTH_FAILURES,
 )
 
 
@@ -81,16 +86,32 @@ _OPENINGS: dict[bytes, str] = {
 
 OPENINGS = tuple(_OPENINGS)
 
+MOST_REFUSALS = 100
+"""Refusals in a session that the log is told of, lest one client should fill it."""
+
 
 class Conduct:
     """The conduct of one client; `tell` writes a line to the log, as Effects.log does."""
 
-    __slots__ = ("_counts", "_limits", "_tell")
+    __slots__ = ("_counts", "_limits", "_refusals", "_tell")
 
     def __init__(self, limits: Limits, tell: Callable[[str, Mapping[str, object]], None]) -> None:
-        self._counts = [0, 0, 0]
-        self._limits = (limits.bad_commands, limits.auth_failures, limits.bad_recipients)
+        self._counts = [0, 0, 0, 0]
+        self._limits = (
+            limits.bad_commands,
+            limits.auth_failures,
+            limits.bad_recipients,
+            limits.bad_commands,  # not so few: a user with the right password may try again
+        )
         self._tell = tell
+        self._refusals = 0
+
+    def is_told(self) -> bool:
+        """Whether the log is to be told of one more refusal in the transaction."""
+        self._refusals += 1
+        if self._refusals == MOST_REFUSALS + 1:
+            self._tell("limit", {"why": "more refusals are not told"})
+        return self._refusals <= MOST_REFUSALS
 
     def judge(self, answer: Reply) -> Reply | None:
         """Take note of a reply: the one that ends the session behind it, or None."""

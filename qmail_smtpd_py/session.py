@@ -290,7 +290,9 @@ class Session:
         recipient: bytes | None = None,
         why: str | None = None,
     ) -> Reply:
-        """The reply itself, with a line in the log for it."""
+        """The reply itself, with a line in the log for it, as long as they are not too many."""
+        if not self._conduct.is_told():
+            return answer
         why = why or answer.lines[0].decode("latin-1")
         fields = {"result": "refused", "code": answer.code, "why": why}
         self._effects.log("mail", {**fields, "from": sender, "to": recipient})

@@ -6,7 +6,7 @@ import pytest
 from conformance import cases, grammar
 from conformance.world import base64, open_session
 
-from qmail_smtpd_py.conduct import OPENINGS, Limits, Pace
+from qmail_smtpd_py.conduct import MOST_REFUSALS, OPENINGS, Limits, Pace
 from qmail_smtpd_py.reply import AUTH_TOO_OFTEN, AUTH_TROUBLE
 from qmail_smtpd_py.session import CLOSED
 
@@ -48,7 +48,15 @@ def test_attempts_that_are_refused_for_those_before_count_too() -> None:
 def test_trouble_is_no_failed_attempt() -> None:
     session, world = open_session()
     world.authenticate = lambda *_: AUTH_TROUBLE  # type: ignore[method-assign]
-    assert grammar.codes(session.receive(GOOD * 100)) == [454] * 100
+    assert grammar.codes(session.receive(GOOD * 19)) == [454] * 19
+
+
+def test_nor_can_check_programs_be_started_without_an_end() -> None:
+    session, world = open_session()
+    world.authenticate = lambda *_: AUTH_TROUBLE  # type: ignore[method-assign]
+    assert grammar.codes(session.receive(GOOD * 100)) == [454] * 20 + [421]
+    assert session.state == CLOSED
+    assert b'limit code=421 why="too many failed auth attempts' in world.lines[-1]
 
 
 def test_to_cancel_is_no_bad_command() -> None:
@@ -128,6 +136,19 @@ def test_recorded_dialogues_are_far_from_every_limit() -> None:
         failed = [reply for reply in replies if reply[:3] == "535"]
         assert len(bad) < 10, case.name
         assert len(failed) < 2, case.name
+
+
+# The log
+
+
+def test_refusals_do_not_fill_the_log() -> None:
+    session, world = open_session()
+    said = session.receive(MAIL + b"RCPT TO:<\xff@elsewhere.example>\r\n" * 1000 + b"NOOP\r\n")
+    assert grammar.codes(said) == [250, *[553] * 1000, 250]
+    lines = [line.partition(b": ")[2] for line in world.lines]
+    assert len(lines) == MOST_REFUSALS + 1
+    assert all(line.startswith(b"mail result=refused code=553") for line in lines[:-1])
+    assert lines[-1] == b'limit why="more refusals are not told"'
 
 
 # Openings
