@@ -69,7 +69,7 @@ class Listener:
         self._environ = environment()  # now, as -u may not be able to see all of it
         self._socket = self._heritage.socket or sockets.bind(options)
         if not options.helper:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, options.no_delay)
+            sockets.set_no_delay(self._socket, options.no_delay)
         self._socket.setblocking(False)
         self._stop_at: float | None = None
         self._look_at = 0.0
@@ -420,7 +420,7 @@ def main() -> int:
     try:
         options = Options(sys.argv[1:])
         if options.wants_help:
-            sys.stdout.write(USAGE)
+            print(USAGE, end="")
             return 0
         listener = Listener(options)
         if not listener.is_successor:  # of one that has done all this

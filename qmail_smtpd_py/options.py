@@ -103,6 +103,8 @@ class Options:
             if len(rest) < 2:
                 raise UsageError("host and port are missing")
             self.host, self.port, *self.arguments = rest
+            if not self.port:
+                raise UsageError("the port is empty")
 
     def _take(self, flag: str, value: str) -> None:
         """Heed one option; raises ValueError where its value is none."""

@@ -70,9 +70,14 @@ def _adopt(descriptor: int) -> socket.socket:
     close_inherited([descriptor])
     try:
         os.set_inheritable(descriptor, False)
-        return socket.socket(fileno=descriptor)
-    except OSError as error:
-        raise StartError(f"descriptor {descriptor} was to be a socket: {error.strerror}") from None
+        left = socket.socket(fileno=descriptor)
+        is_listening = left.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else "there is no such descriptor"
+        raise StartError(f"descriptor {descriptor} was to be a socket: {why}") from None
+    if not is_listening:
+        raise StartError(f"descriptor {descriptor}: no listening socket; is it Accept=yes?")
+    return left
 
 
 def bind(options: Options) -> socket.socket:
@@ -80,11 +85,21 @@ def bind(options: Options) -> socket.socket:
     return _bind_helper(options.helper, options) if options.helper else _bind_port(options)
 
 
+def set_no_delay(listener: socket.socket, is_on: bool) -> None:
+    """Whether TCP is to send at once what is written; raises StartError, as what we were left may
+    be another kind of socket.
+    """
+    try:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, is_on)
+    except OSError as error:
+        raise StartError(f"cannot listen on what is no TCP socket: {error.strerror}") from None
+
+
 def _bind_port(options: Options) -> socket.socket:
     """A socket that listens where the command line says; raises StartError."""
     host = "0.0.0.0" if options.host in ("", "0") else options.host
     try:
-        if options.port.isdecimal() and int(options.port) > 65535:
+        if options.port.isdecimal() and int(options.port[:6]) > 65535:
             raise OSError(0, _NO_PORT)  # of which the library would make another
         found = socket.getaddrinfo(
             host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -225,6 +225,42 @@ def test_a_socket_from_systemd_that_is_none(mx: Stage, given: str | None) -> Non
     assert done.stderr.startswith("qmail-smtpd-listen: fatal: descriptor 3 was to be a socket: ")
 
 
+def test_a_socket_from_systemd_that_is_a_connection(mx: Stage) -> None:
+    """As with Accept=yes: the listener is not for that."""
+    script = 'exec 3<&0; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, socket.create_connection(server.getsockname()), server.accept()[0] as connection:
+        done = subprocess.run(
+            ["sh", "-c", script, "sh", *program(), "127.0.0.1", "0"],
+            env=octet_environment(mx),
+            stdin=connection,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=PATIENCE,
+        )
+    assert done.returncode == 111
+    assert done.stderr == f"{FATAL}descriptor 3: no listening socket; is it Accept=yes?\n"
+
+
+@pytest.mark.parametrize(
+    ("port", "why"),
+    [("1" * 5000, "cannot listen on 127.0.0.1 port 111"), ("", "the port is empty")],
+    ids=["long", "empty"],
+)
+def test_a_port_that_is_none(mx: Stage, port: str, why: str) -> None:
+    status, text = refusal(mx, "127.0.0.1", port)
+    assert status in (100, 111)
+    assert why in text.partition("\n")[0]
+
+
+def test_a_successor_of_nobody_that_counts_far(mx: Stage) -> None:
+    mx.environment({"QMAIL_SMTPD_LISTEN": "9" * 20 + ",1"})
+    status, text = refusal(mx, "127.0.0.1", "0")
+    assert status == 111
+    assert text.endswith("was to be a socket: there is no such descriptor\n")
+
+
 def test_a_home_that_is_not_there(mx: Stage, tmp_path: Path) -> None:
     mx.environment({"QMAILHOME": str(tmp_path / "nowhere")})
     status, text = refusal(mx, "127.0.0.1", "0")
