@@ -85,13 +85,18 @@ def check(path: str = SERVER_CERTIFICATE) -> None:
 def read(path: str) -> bytes:
     """The octets of a file in PEM; raises Unavailable, with a reason where OpenSSL has none."""
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "not a file")
-            return file.read()
+        return contents(path)
     except OSError as error:
         who = f" (uid {os.geteuid()})"
         raise Unavailable(path, _NO_CERTIFICATE, str(error.strerror), who) from None
+
+
+def contents(path: str) -> bytes:
+    """The octets of a file; raises OSError, for what is there and no file too."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a file")
+        return file.read()
 
 
 def _open_at_once(path: str, flags: int) -> int:

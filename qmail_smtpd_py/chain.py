@@ -58,6 +58,7 @@ _SOFTLIMITS = {
 
 _NO_LIMIT = 2**63 - 1
 _LARGEST_ID = 2**32 - 2
+_MOST_DIGITS = 25
 
 PORTS = {"smtp": 25, "submission": 587, "smtps": 465, "submissions": 465, "ssmtp": 465, "urd": 465}
 
@@ -67,6 +68,11 @@ DEFAULT_CONCURRENCY = 40
 def is_known(word: str) -> bool:
     """Whether a word is what the program gets; one that is not known stands as it is written."""
     return "$" not in word and "`" not in word
+
+
+def number_in(word: str) -> int | None:
+    """The number that a word is, or None; of one that is larger than any limit, its start."""
+    return int(word[:_MOST_DIGITS]) if word.isdecimal() else None
 
 
 class _KnownOptions(options.Options):
@@ -196,8 +202,8 @@ class Chain:
         flags, rest = getopt.getopt(words, "a:c:d:f:l:m:o:p:r:s:t:")
         for flag, value in flags:
             for resource in _SOFTLIMITS.get(flag[1:], ()):
-                if value.isdecimal():
-                    self.limit(resource, int(value))
+                if (number := number_in(value)) is not None:
+                    self.limit(resource, number)
         return rest
 
     def _take_envdir(self, path: str, environ: dict[str, str]) -> None:
@@ -244,11 +250,11 @@ class Chain:
 
     def _find_port(self, server: str, port: str) -> None:
         """The port that a server names."""
-        self.port = PORTS.get(port, int(port) if port.isdecimal() else None)
+        self.port = PORTS.get(port, number_in(port))
         if self.port is None and port and is_known(port):
             try:
                 self.port = socket.getservbyname(port, "tcp")
-            except OSError:
+            except (OSError, ValueError):  # or it is no name at all
                 what = f"{server} does not start: there is no port {port!a}"
                 self.troubles.append((what, "name another, or say its number"))
         elif self.port is None:
@@ -277,7 +283,7 @@ class Chain:
             self.uid = self._id("-u", environ.get("UID", "$UID"))
             self.gid = self._id("-g", environ.get("GID", "$GID"))
         elif flag == "-c":
-            self.concurrency = int(value) if value.isdecimal() else self.concurrency
+            self.concurrency = number_in(value) or self.concurrency
         elif flag == "-l":
             self.local_host = value
         elif flag == "-x":
@@ -290,8 +296,9 @@ class Chain:
             self.files[flag] = os.path.normpath(os.path.join(self.directory, value))
 
     def _id(self, flag: str, value: str) -> int | None:
-        if value.isdecimal() and int(value) <= _LARGEST_ID:
-            return int(value)
+        number = number_in(value)
+        if number is not None and number <= _LARGEST_ID:
+            return number
         self.odd_ids.append((flag, value))
         return None
 

@@ -189,7 +189,7 @@ def main() -> int:
     if os.geteuid() in (0, service.uid):
         subject = Subject(service.environ, [], service.chain, smtpd)
         check_queue.examine_directories(check_queue.program_of(subject), report)
-    sys.stdout.write(report.as_json() + "\n" if arguments.json else report.as_text())
+    print(report.as_json() + "\n" if arguments.json else report.as_text(), end="")
     return report.exit_status
 
 
@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
 def _in_child(service: Service, smtpd: str) -> str:
     """What a child finds that has become the service's user: a report, in JSON."""
     reader, writer = os.pipe()
-    sys.stdout.flush()
+    print(end="", flush=True)
     pid = os.fork()
     if not pid:
         try:

@@ -18,6 +18,8 @@ from cryptography.x509.oid import (
     NameOID,
 )
 
+from .certificates import contents
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -196,8 +198,7 @@ def missing_issuer(chain: Sequence[x509.Certificate]) -> str | None:
 
 def load(path: str) -> list[x509.Certificate]:
     """The certificates in a PEM file; raises OSError, and ValueError where one is malformed."""
-    with open(path, "rb") as file:
-        return x509.load_pem_x509_certificates(file.read())
+    return x509.load_pem_x509_certificates(contents(path))
 
 
 def examine_authorities(path: str, crl_path: str, report: Report) -> int:
@@ -220,9 +221,8 @@ def examine_authorities(path: str, crl_path: str, report: Report) -> int:
 
 
 def _revocation_lists(path: str) -> Iterator[x509.CertificateRevocationList]:
-    with open(path, "rb") as file:
-        for text in file.read().split(_END_OF_LIST)[:-1]:
-            yield x509.load_pem_x509_crl(text + _END_OF_LIST)
+    for text in contents(path).split(_END_OF_LIST)[:-1]:
+        yield x509.load_pem_x509_crl(text + _END_OF_LIST)
 
 
 def _examine_lists(

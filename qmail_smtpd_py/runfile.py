@@ -18,7 +18,7 @@ import re
 import socket
 
 from . import shellwords
-from .chain import Chain
+from .chain import Chain, number_in
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -214,10 +214,11 @@ class RunFile:
         self._exports_all = self._exports_all or "-a" in text or "allexport" in text
 
     def _ulimit(self, words: Sequence[str]) -> None:
-        if words and words[-1].isdecimal():
+        number = number_in(words[-1]) if words else None
+        if number is not None:
             for name in ("as", "data"):
                 if f"-{'v' if name == 'as' else 'd'}" in words[:-1]:
-                    self.chain.limit(name, int(words[-1]) * 1024)
+                    self.chain.limit(name, number * 1024)
 
     def _join(self, command: Command) -> None:
         """Heed where `exec 2>&1`, or the last command, sends descriptor 2."""
@@ -321,7 +322,7 @@ class RunFile:
         """What `id -u NAME` and `id -g NAME` print."""
         try:
             user = pwd.getpwnam(name)
-        except KeyError:
+        except (KeyError, ValueError):  # or it is no name at all
             self.missing_users.append(name)
             return None
         return str(user.pw_uid if option == "-u" else user.pw_gid)

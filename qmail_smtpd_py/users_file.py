@@ -334,7 +334,7 @@ def main() -> int:
     try:
         command: Callable[[argparse.Namespace], None] = arguments.command
         command(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError as error:
         print(f"qmail-smtpd-users: cannot write: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in the buffer
@@ -404,6 +404,8 @@ def _remove(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
+    if not sys.stdout:
+        raise Refusal("standard output is closed")
     for name, user in load(arguments.file).users.items():
         costs = user.password_hash
         facts = f"scrypt ln={costs.ln},r={costs.r},p={costs.p}"
@@ -422,6 +424,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _ask(*prompts: str, from_stdin: bool) -> bytes:
     """The password: a line of standard input, or what the terminal gives for every prompt."""
+    if from_stdin and not sys.stdin:  # it is closed
+        raise Refusal("no password could be read from standard input")
     if from_stdin:
         password = sys.stdin.buffer.readline().removesuffix(b"\n")
     else:

@@ -440,7 +440,21 @@ PIECES = (
     *("exec ", "export ", "env ", "envdir ", "softlimit -m ", "tcpserver ", "sh -c ", "-u ", "0 "),
     *("qmail-smtpd", "A=", "$A", "${A", "}", "$(", ")", "`", "'", '"', "\\", "\n", "id -u root"),
     *("if ", "then ", "fi", "case ", "esac", "{ ", "&&", "||", ";", "|", "<", ">", "<<", "#", " "),
+    *("1" * 5000, "ulimit -v "),
 )
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        'U="$(id -u "a\0b")"',
+        "tcpserver 0 a\0b qmail-smtpd",
+        f"tcpserver 0 {'1' * 5000} qmail-smtpd",
+        f"ulimit -v {'1' * 5000}; softlimit -m {'1' * 5000} tcpserver -c {'1' * 5000} 0 25 true",
+    ],
+)
+def test_names_that_can_be_none(script: str) -> None:
+    read(script)
 
 
 @given(lists(sampled_from(PIECES), max_size=25))

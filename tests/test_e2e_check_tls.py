@@ -114,6 +114,16 @@ def test_file_that_the_user_can_not_read(checked):
     assert problem["remedy"].endswith(f"{path}; chmod 640 {path}")
 
 
+@pytest.mark.parametrize("name", ["servercert.pem", "clientca.pem", "clientcrl.pem"])
+def test_named_pipe(checked, clients, name):
+    """Nobody waits for who would write to it."""
+    path = checked.home.path / "control" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    found = checked.find()
+    assert any(name in problem["what"] for problem in found.report["problems"]), found
+
+
 def test_key_that_everybody_can_read(checked):
     path = checked.home.path / "control/servercert.pem"
     path.chmod(0o644)

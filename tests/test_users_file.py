@@ -148,6 +148,24 @@ def test_a_list_that_nobody_takes(home, users):
     assert done.stderr == b"qmail-smtpd-users: cannot write: No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("list >&-", b"standard output is closed"),
+        ("check --stdin joe <&-", b"no password could be read from standard input"),
+    ],
+)
+def test_descriptors_that_are_closed(home, users, words, why):
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {words}', "sh", *PROGRAM],
+        stderr=subprocess.PIPE,
+        env={"QMAILHOME": str(home)},
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr == b"qmail-smtpd-users: %s\n" % why
+
+
 # set
 
 
