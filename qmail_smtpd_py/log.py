@@ -33,6 +33,8 @@ _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 PATIENCE = 1.0
 """Seconds that a line waits for a reader that is slow, or stuck."""
 
+_FILE_TYPE, _REGULAR = 0o170000, 0o100000  # inode(7)
+
 _takes_more = select.poll()
 _takes_more.register(DESCRIPTOR, select.POLLOUT)
 
@@ -56,12 +58,12 @@ def write(event: str, fields: Mapping[str, object], patience: float = PATIENCE) 
     return _write(format_line(event, fields), patience)
 
 
-def write_line(line: str) -> None:
+def write_line(line: str, patience: float = PATIENCE) -> bool:
     """Write a line that has a form of its own, as tcpserver's have; it is made printable."""
-    _write(line.encode(*_CODING).translate(_TO_PRINTABLE)[:_LINE_LIMIT])
+    return _write(line.encode(*_CODING).translate(_TO_PRINTABLE)[:_LINE_LIMIT], patience)
 
 
-def _write(line: bytes, patience: float = PATIENCE) -> bool:
+def _write(line: bytes, patience: float) -> bool:
     """Write a line; False if its reader is stuck: then it is lost, and the session goes on.
 
     That there is room in a pipe is no promise: of all the processes that are told so, one has it.
@@ -84,13 +86,17 @@ def _write_at_once(octets: bytes) -> bool:
     """Write without a wait; False if there is no room now.  Raises OSError."""
     try:
         os.pwritev(DESCRIPTOR, (octets,), -1, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:  # nobody promises that for files, or for pipes before Linux 6.4
-        if not _takes_more.poll(0):
+    except OSError as error:
+        # Nobody promises that for pipes before Linux 6.4, or for files, which always have room.
+        is_full = isinstance(error, BlockingIOError) and not _is_file()
+        if is_full or not _takes_more.poll(0):
             return False
         os.write(DESCRIPTOR, octets)
     return True
+
+
+def _is_file() -> bool:
+    return os.fstat(DESCRIPTOR).st_mode & _FILE_TYPE == _REGULAR
 
 
 def text(octets: bytes) -> str:

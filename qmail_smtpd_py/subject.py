@@ -75,6 +75,9 @@ class WatchedFiles(ControlFiles):
             self.found.add(name)
         return descriptor
 
+    def lacks(self, name: str) -> bool:
+        return name in self.unreadable or super().lacks(name)
+
     def _tell(self, name: str, error: ControlError) -> None:
         self.unreadable.add(name)
         explain(str(error), self._report)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conformance import logs
@@ -17,6 +18,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmail_smtpd_py import log
+
+F_SETPIPE_SZ = 1031  # fcntl has it from Python 3.10 on
 
 FORGERIES = [
     b"x\nqmail-smtpd[1]: auth result=ok user=root",
@@ -85,6 +88,21 @@ def test_a_log_that_takes_nothing_stops_nothing(monkeypatch: pytest.MonkeyPatch)
     log.write("connect", {})
 
 
+def test_a_file_that_promises_not_to_wait_and_does_not_keep_it_gets_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As XFS, where it would have to note the time of the change."""
+
+    def refuse(*_: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(log.os, "pwritev", refuse)
+    with (tmp_path / "log").open("wb") as file:
+        monkeypatch.setattr(log, "DESCRIPTOR", file.fileno())
+        assert log.write("connect", {})
+    assert logs.read_all((tmp_path / "log").read_bytes())[0].event == "connect"
+
+
 HERD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -98,7 +116,7 @@ while time.monotonic() < end:
 def test_of_many_that_find_room_in_a_pipe_none_waits_for_ever() -> None:
     """The reader takes a little now and then, so that all are told of it, and then nothing."""
     reader, writer = os.pipe()
-    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    fcntl.fcntl(writer, F_SETPIPE_SZ, 4096)
     try:
         os.pwritev(writer, [b"x"], -1, os.RWF_NOWAIT)
     except OSError as error:
