@@ -317,21 +317,21 @@ def test_children_get_their_descriptors_and_no_others(host: Stage, tls: bool) ->
         assert not [target for target in descriptors.values() if target.startswith("socket:")]
 
 
+def status_of(host: Stage, connection: socket.socket, log: int) -> int:
+    """The exit status of the program with this connection and this log."""
+    command = [*under_test(), *host.args]
+    done = subprocess.run(
+        command, stdin=connection, stdout=connection, stderr=log, env=host.env, timeout=20
+    )
+    return done.returncode
+
+
 def test_a_log_that_nobody_reads(host: Stage) -> None:
     """Mail is worth more than its log."""
     ours, theirs = socket.socketpair()
     with ours, theirs, logs.nobody_reads() as log:
         ours.sendall(b"QUIT\r\n")
-        done = subprocess.run(
-            [*under_test(), *host.args],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=log,
-            env=host.env,
-            timeout=20,
-            check=False,
-        )
-    assert done.returncode == 0
+        assert status_of(host, theirs, log) == 0
 
 
 def test_a_log_that_nobody_reads_is_waited_for_once(host: Stage) -> None:
@@ -340,15 +340,7 @@ def test_a_log_that_nobody_reads_is_waited_for_once(host: Stage) -> None:
     with ours, theirs, logs.nobody_reads() as log:
         ours.sendall(MAIL + refused + b"QUIT\r\n")
         begin = time.monotonic()
-        subprocess.run(
-            [*under_test(), *host.args],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=log,
-            env=host.env,
-            timeout=20,
-            check=True,
-        )
+        assert status_of(host, theirs, log) == 0
     assert time.monotonic() - begin < 5  # there are seven lines
 
 
