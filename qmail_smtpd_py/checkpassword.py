@@ -180,11 +180,11 @@ def _give_up(pid: int, left: list[int]) -> str:
     It may not be ours to kill any more, as it becomes whoever it has found, and one that waits for
     a disk does not die: nobody waits for either.
     """
-    became = "killed"
     try:
         os.kill(pid, 9)
     except PermissionError:
-        became = "left alone, as it runs as another user"
-    if became != "killed" or _wait(pid, time.monotonic() + _REAP_SECONDS) is None:
         left.append(pid)
-    return became
+        return "left alone, as it runs as another user"
+    if _wait(pid, time.monotonic() + _REAP_SECONDS) is None:
+        left.append(pid)
+    return "killed"

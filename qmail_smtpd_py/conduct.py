@@ -106,8 +106,8 @@ class Conduct:
         self._tell = tell
         self._refusals = 0
 
-    def is_told(self) -> bool:
-        """Whether the log is to be told of one more refusal in the transaction."""
+    def tells_refusal(self) -> bool:
+        """Take note of a refusal that has a line in the log; whether there is one for it yet."""
         self._refusals += 1
         if self._refusals == MOST_REFUSALS + 1:
             self._tell("limit", {"why": "more refusals are not told"})

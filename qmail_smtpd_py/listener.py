@@ -408,18 +408,11 @@ def _drop_privileges(options: Options) -> None:
         raise StartError(f"cannot become {who}: {error.strerror}") from None
 
 
-class _Log:
-    """Writes the listener's own lines; a log that is stuck is waited for once."""
-
-    def __init__(self) -> None:
-        self._is_stuck = False
-
-    def __call__(self, line: str) -> None:
-        patience = 0.0 if self._is_stuck else log.PATIENCE
-        self._is_stuck = not log.write_line(f"{NAME}: {line}", patience)
+_LOG = log.Log()
 
 
-_complain = _Log()
+def _complain(line: str) -> None:
+    _LOG.write_line(f"{NAME}: {line}")
 
 
 def main() -> int:

@@ -30,9 +30,7 @@ _QUOTABLE = _PRINTABLE.translate(None, b'"\\')
 _CODING = "utf-8", "backslashreplace"
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 
-PATIENCE = 1.0
-"""Seconds that a line waits for a reader that is slow, or stuck."""
-
+_PATIENCE = 1.0  # seconds that a line waits for a reader that is slow, or stuck
 _FILE_TYPE, _REGULAR = 0o170000, 0o100000  # inode(7)
 
 _takes_more = select.poll()
@@ -51,35 +49,46 @@ def format_line(event: str, fields: Mapping[str, object]) -> bytes:
     return line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + b'..."'
 
 
-def write(event: str, fields: Mapping[str, object], patience: float = PATIENCE) -> bool:
-    """Write the line for an event; False if the log took nothing for so many seconds, which is no
-    reason to refuse mail.
+class Log:
+    """Writes lines.  Where the reader is stuck a line is lost, as a log that takes nothing is no
+    reason to refuse mail; until one is read again, the reader is waited for no more.
     """
-    return _write(format_line(event, fields), patience)
+
+    def __init__(self) -> None:
+        self._is_stuck = False
+
+    def write(self, event: str, fields: Mapping[str, object]) -> bool:
+        """Write the line for an event; False if it is lost."""
+        return self._put(format_line(event, fields))
+
+    def write_line(self, line: str) -> bool:
+        """Write a line that has a form of its own, as tcpserver's have; it is made printable."""
+        return self._put(line.encode(*_CODING).translate(_TO_PRINTABLE)[:_LINE_LIMIT])
+
+    def _put(self, line: bytes) -> bool:
+        """Write a line.
+
+        That there is room in a pipe is no promise: of all the processes that are told so, one has
+        it.  So it is the write itself that must not wait.
+        """
+        octets = line + b"\n"
+        until = 0.0
+        try:
+            while not _write_at_once(octets):
+                now = time.monotonic()
+                until = until or now + (0.0 if self._is_stuck else _PATIENCE)
+                if now >= until or not _takes_more.poll((until - now) * 1000):
+                    self._is_stuck = True
+                    return False
+        except OSError:
+            pass  # nobody is there to read it
+        self._is_stuck = False
+        return True
 
 
-def write_line(line: str, patience: float = PATIENCE) -> bool:
-    """Write a line that has a form of its own, as tcpserver's have; it is made printable."""
-    return _write(line.encode(*_CODING).translate(_TO_PRINTABLE)[:_LINE_LIMIT], patience)
-
-
-def _write(line: bytes, patience: float) -> bool:
-    """Write a line; False if its reader is stuck: then it is lost, and the session goes on.
-
-    That there is room in a pipe is no promise: of all the processes that are told so, one has it.
-    So it is the write itself that must not wait.
-    """
-    octets = line + b"\n"
-    until = 0.0
-    try:
-        while not _write_at_once(octets):
-            now = time.monotonic()
-            until = until or now + patience
-            if now >= until or not _takes_more.poll((until - now) * 1000):
-                return False
-    except OSError:
-        pass  # nobody is there to read it
-    return True
+def write(event: str, fields: Mapping[str, object]) -> bool:
+    """Write the line for an event, of no session's or of one that is over; False if it is lost."""
+    return Log().write(event, fields)
 
 
 def _write_at_once(octets: bytes) -> bool:

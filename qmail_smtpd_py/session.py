@@ -291,7 +291,7 @@ class Session:
         why: str | None = None,
     ) -> Reply:
         """The reply itself, with a line in the log for it, as long as they are not too many."""
-        if not self._conduct.is_told():
+        if not self._conduct.tells_refusal():
             return answer
         why = why or answer.lines[0].decode("latin-1")
         fields = {"result": "refused", "code": answer.code, "why": why}

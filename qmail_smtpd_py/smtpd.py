@@ -108,7 +108,7 @@ class Server(Effects):
         self._rcpt_hosts = RcptHosts(files)
         self.is_smtps = b"SMTPS" in environ and self.connection.cipher is None
         self._encryption: Encryption | None = None
-        self._is_log_stuck = False  # then it is not waited for again
+        self._log = log.Log()
 
     @property
     def drops_early_talkers(self) -> bool:
@@ -142,9 +142,7 @@ class Server(Effects):
         return int(time.time())
 
     def log(self, event: str, fields: Mapping[str, object]) -> None:
-        patience = 0.0 if self._is_log_stuck else log.PATIENCE
-        line = {"ip": self.connection.remote_ip, **fields}
-        self._is_log_stuck = not log.write(event, line, patience)
+        self._log.write(event, {"ip": self.connection.remote_ip, **fields})
 
     # Policy
 

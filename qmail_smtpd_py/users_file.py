@@ -424,9 +424,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _ask(*prompts: str, from_stdin: bool) -> bytes:
     """The password: a line of standard input, or what the terminal gives for every prompt."""
-    if from_stdin and not sys.stdin:  # it is closed
-        raise Refusal("no password could be read from standard input")
     if from_stdin:
+        if not sys.stdin:  # it is closed
+            raise Refusal("no password could be read from standard input")
         password = sys.stdin.buffer.readline().removesuffix(b"\n")
     else:
         first, *others = (_ask_terminal(prompt) for prompt in prompts)
