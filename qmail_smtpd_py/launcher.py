@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import CodeType
 
-    Entry = tuple[str, dict[str, object], CodeType]
+    Entry = tuple[str, str, CodeType]
 
 PACKAGE = "qmail_smtpd_py"
 SOURCES = Path(__file__).resolve().parent
@@ -101,10 +101,11 @@ try:
     except OSError:
         image = b""
     if image.startswith(MAGIC_NUMBER):
-        for name, facts, code in loads(memoryview(image)[len(MAGIC_NUMBER) :]):
+        for name, file, code in loads(memoryview(image)[len(MAGIC_NUMBER) :]):
             module = sys.modules[name] = type(sys)(name)
-            module.__dict__.update(facts)
+            module.__package__, module.__file__ = {package!r}, {sources!r} + file
             exec(code, module.__dict__)
+        sys.modules[{package!r}].__path__ = [{sources!r}]
     from {package}.{main} import main
     reply = b""
     status = main()
@@ -139,7 +140,7 @@ sys.exit(111)
 
 
 def image(program: Program) -> bytes:
-    """The start-up image: the bytecode's magic number, and (name, facts, code) for each module."""
+    """The start-up image: the bytecode's magic number, and (name, file, code) for each module."""
     entries: dict[str, Entry] = {}
     for name in ("__init__", *program.late, program.main):
         _add(name, entries)
@@ -164,17 +165,15 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _entry(name: str, source: Path, tree: ast.Module) -> Entry:
-    facts: dict[str, object] = {"__package__": PACKAGE, "__file__": str(source)}
-    if name == "__init__":
-        return PACKAGE, {**facts, "__path__": [str(SOURCES)]}, _compile(source, tree)
-    return f"{PACKAGE}.{name}", facts, _compile(source, tree)
+    full_name = PACKAGE if name == "__init__" else f"{PACKAGE}.{name}"
+    return full_name, f"/{source.name}", _compile(source, tree)
 
 
 def _compile(source: Path, tree: ast.Module) -> CodeType:
     """The code, without docstrings, and without an import of __future__ when it runs."""
     tree.body = [node for node in tree.body if getattr(node, "module", None) != "__future__"]
     flags = __future__.annotations.compiler_flag
-    code: CodeType = compile(tree, source, "exec", flags, dont_inherit=True, optimize=2)
+    code: CodeType = compile(tree, source.name, "exec", flags, dont_inherit=True, optimize=2)
     return code
 
 
@@ -203,7 +202,12 @@ def _surroundings() -> dict[str, object]:
     if " " in interpreter or len(f"#!{interpreter} -IS") > SHEBANG_LIMIT:
         raise ValueError(f"no script can name {interpreter!r}: it has a blank, or is too long")
     path = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(SOURCES.parent)]
-    return {"interpreter": interpreter, "package": PACKAGE, "path": list(dict.fromkeys(path))}
+    return {
+        "interpreter": interpreter,
+        "package": PACKAGE,
+        "sources": str(SOURCES),
+        "path": list(dict.fromkeys(path)),
+    }
 
 
 def main() -> int:

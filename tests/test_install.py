@@ -283,6 +283,23 @@ def test_a_root_directory_of_a_package(tmp_path: Path) -> None:
     assert not installed.exists()
 
 
+def test_a_package_finds_all_of_itself_where_it_is_unpacked(stage: Stage, tmp_path: Path) -> None:
+    """What the start-up image does not have, too, such as TLS and AUTH."""
+    root, prefix = tmp_path / "root", tmp_path / "prefix"
+    make("install", prefix, DESTDIR=root)
+    Path(f"{root}{prefix}").rename(prefix)
+    stage.control({"me": "mx.example.org\n", "servercert.pem": "@server-rsa.pem"})
+    stage.arguments("@checkpassword", "@true")
+    stage.environment({"SMTPAUTH": "", "FORCETLS": "0"})
+    said = session(stage, prefix / "bin/qmail-smtpd", b"AUTH PLAIN AHUAcA==\r\nQUIT\r\n")
+    assert said == GREETING + b"235 ok, go ahead (#2.0.0)\r\n" + GOODBYE
+    with Program(stage, command=[str(prefix / "bin/qmail-smtpd")]) as running:
+        assert running.client.reply() == "220 mx.example.org ESMTP"
+        assert running.client.command(b"STARTTLS") == "220 ready for tls"
+        assert running.client.start_tls() == "ok"
+        assert running.client.command(b"QUIT") == "221 mx.example.org"
+
+
 # Removing it
 
 
