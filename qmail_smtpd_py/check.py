@@ -18,9 +18,9 @@ from . import check_auth, check_limits, check_queue, check_relay, check_session,
 from .chain import LISTENER, Chain, is_known, read_envdir
 from .findings import Report
 from .log import where
+from .process import environment
 from .rights import group_name, owner, user_name
 from .runfile import RunFile
-from .smtpd import environment
 from .subject import SERVICE_VARIABLES, Subject
 
 MISUSED = 100

@@ -38,8 +38,9 @@ from .effects import ControlError
 from .encryption import why_not_loaded
 from .options import NAME, USAGE, Options, StartError, UsageError
 from .prefork import Place, Pool
+from .process import environment, fill_descriptors, give_no_tickets
 from .rehearsal import rehearse
-from .smtpd import Resources, Server, environment, give_no_tickets, home_of
+from .smtpd import Resources, Server, home_of
 from .worker import Helper, Service, Worker
 
 TYPE_CHECKING = False
@@ -347,14 +348,13 @@ def _current_directory() -> str:
         return ""
 
 
-def _fill_descriptors() -> None:
-    """See that there are descriptors 0, 1 and 2: a connection in their place would get the log."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            # It gets the lowest number that is free.
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+def _fill_streams() -> None:
+    """Have the streams of the descriptors 0, 1 and 2, which have to be there: the interpreter has
+    None for one that was closed when it started, and python-daemon takes that for a stream.
+    """
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _preload(service: Service) -> None:
@@ -368,7 +368,7 @@ def _preload(service: Service) -> None:
         finally:
             server.close()
     except ControlError as error:
-        service.complain(f"warning: {error}")
+        service.complain(f"warning: cannot load ahead: {error}")
     except Exception as error:  # each connection may have it, the parent must not
         service.complain(f"warning: cannot load ahead: {_cause(error)}")
 
@@ -419,7 +419,8 @@ def main() -> int:
     """The program; the exit status is 111 where it could not start, as tcpserver's."""
     afterfork.leave_out()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until they can be heeded
-    _fill_descriptors()
+    fill_descriptors()
+    _fill_streams()
     try:
         options = Options(sys.argv[1:])
         if options.wants_help:

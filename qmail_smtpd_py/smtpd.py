@@ -12,7 +12,7 @@ import sys
 import time
 from _signal import SIG_DFL, SIGCHLD, signal  # type: ignore[import-not-found]
 
-from . import log, reply
+from . import log, process, reply
 from .badmailfrom import BadMailFrom
 from .conduct import Pace
 from .connection import Connection
@@ -385,16 +385,16 @@ def _take_turns(wire: Wire, server: Server, session: Session) -> None:
 def main() -> int:
     """The program: descriptors 0 and 1, the environment and the arguments are the process's."""
     try:
-        environ = environment()
+        environ = process.environment()
         signal(SIGCHLD, SIG_DFL)  # where it is ignored, nobody hears what became of a message
-        _tidy_descriptors(_ucspi_descriptors(environ) if b"SSLCTLFD" in environ else ())
+        process.tidy_descriptors(_ucspi_descriptors(environ) if b"SSLCTLFD" in environ else ())
         coding = sys.getfilesystemencoding()
         arguments = [word.encode(coding, "surrogateescape") for word in sys.argv[1:]]  # PEP 383
         if b"REMOTE_ADDR" in environ:
             from .activation import tcp_environ
 
             environ = tcp_environ(environ, 0)
-        give_no_tickets(environ)
+        process.give_no_tickets(environ)
         return serve(Wire(0, 1, TIMEOUT), environ, arguments, Resources(ControlFiles()))
     except (ConnectionLost, TimedOut, KeyboardInterrupt):
         return 1
@@ -411,32 +411,6 @@ def home_of(environ: Mapping[bytes, bytes]) -> bytes:
     return environ.get(b"QMAILHOME") or HOME
 
 
-def environment() -> dict[bytes, bytes]:
-    """The environment that the process was started with, as children are to have it.
-
-    In the C locale the interpreter adds LC_CTYPE of its own accord (PEP 538).
-    """
-    environ = dict(os.environ)
-    environ.pop(b"", None)  # no process can be started with it
-    if environ.get(b"LC_CTYPE") == b"C.UTF-8":
-        try:
-            with open("/proc/self/environ", "rb") as file:
-                if not any(word.startswith(b"LC_CTYPE=") for word in file.read().split(b"\0")):
-                    del environ[b"LC_CTYPE"]
-        except OSError:
-            pass  # it does no harm
-    return environ
-
-
-def give_no_tickets(environ: Mapping[bytes, bytes]) -> None:
-    """Have OpenSSL make no session tickets in this process, unless it has a configuration already;
-    to be called before it is loaded.
-    """
-    if b"OPENSSL_CONF" not in environ:
-        directory, _, _ = __file__.rpartition("/")
-        os.putenv("OPENSSL_CONF", f"{directory}/openssl.cnf")
-
-
 def _ucspi_descriptors(environ: dict[bytes, bytes]) -> list[int]:
     """Those that are there for STARTTLS, if they are usable; if not, the environment forgets them,
     as their numbers will be those of other descriptors.
@@ -451,45 +425,3 @@ def _ucspi_descriptors(environ: dict[bytes, bytes]) -> list[int]:
         log.write("error", {"ip": connection.remote_ip, "why": f"no UCSPI-TLS: {error}"})
     del environ[b"SSLCTLFD"]
     return []
-
-
-def close_inherited(kept: Sequence[int]) -> None:
-    """Close all descriptors but 0, 1, 2 and those that are kept, whatever their numbers."""
-    try:
-        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:
-        numbers = list(range(1024))
-    for number in numbers:
-        if number > 2 and number not in kept:
-            try:
-                os.close(number)
-            except OSError:
-                pass  # it was for the list itself
-
-
-def _tidy_descriptors(kept: Sequence[int]) -> None:
-    """Close what was inherited and is not kept, so that no child gets it, and see that there is a
-    descriptor 2: a pipe of ours in its place would never end for the child that reads it.
-
-    Where it is the client's connection, as inetd has it, it is not for the log or for children.
-    """
-    close_inherited(kept)
-    log_file = _behind(2)
-    if log_file is None:
-        os.set_inheritable(os.open("/dev/null", os.O_WRONLY), True)  # the lowest that is free
-    elif log_file[0] == _SOCKET and log_file in (_behind(0), _behind(1)):
-        nowhere = os.open("/dev/null", os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
-
-
-_FILE_TYPE, _SOCKET = 0o170000, 0o140000  # inode(7)
-
-
-def _behind(descriptor: int) -> tuple[int, ...] | None:
-    """The type, device and number of what a descriptor leads to; None if it is closed."""
-    try:
-        found = os.fstat(descriptor)
-    except OSError:
-        return None
-    return found.st_mode & _FILE_TYPE, found.st_dev, found.st_ino

@@ -8,7 +8,7 @@ import socket
 import stat
 
 from .options import Options, StartError
-from .smtpd import close_inherited
+from .process import close_inherited
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

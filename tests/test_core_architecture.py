@@ -211,7 +211,7 @@ def test_the_program_reads_its_environment_in_one_place() -> None:
     """And calls that from main, so that `serve` can be called for many connections."""
     readers = {
         function.name
-        for function in functions("smtpd")
+        for function in (*functions("smtpd"), *functions("process"))
         for node in ast.walk(function)
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "argv")
         if isinstance(node.value, ast.Name) and node.value.id in ("os", "sys")
@@ -221,12 +221,12 @@ def test_the_program_reads_its_environment_in_one_place() -> None:
         function.name
         for function in functions("smtpd")
         for node in ast.walk(function)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "environment"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "process.environment"
     ]
     assert callers == ["main"]
 
 
-@pytest.mark.parametrize("module", [*modules_of(*BELOW_MAIN), "smtpd"])
+@pytest.mark.parametrize("module", [*modules_of(*BELOW_MAIN), "smtpd", "process"])
 def test_no_global_state(module: str) -> None:
     """No function assigns to a global name, or changes what stands behind one of its module."""
     globals_ = {

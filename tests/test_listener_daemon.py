@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conformance.stage import Stage
 from listener.daemon import Daemon
-from listener.listening import ADDRESS, Listening, refusal, wait_for_death
+from listener.listening import ADDRESS, Listening, program, refusal, wait_for_death, without
 from listener.mail import begin_message, end_message, quit_
 
 pytest_plugins = ["listener.fixtures"]
@@ -34,6 +34,21 @@ def test_its_life(mx: Stage, tmp_path: Path) -> None:
     assert any(" mail ip=127.0.0.1 result=accepted " in line for line in lines)
     [delivery] = mx.deliveries()
     assert delivery.descriptors[2] == str(daemon.log_file)
+
+
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]], ids=str)
+def test_descriptors_that_are_not_there(mx: Stage, tmp_path: Path, closed: list[int]) -> None:
+    """Many a script starts what goes into the background like that."""
+    with Daemon(mx, tmp_path, closed=closed) as daemon:
+        client = daemon.greeted()
+        begin_message(client)
+        end_message(client)
+        quit_(client)
+
+
+def test_wrong_use_with_no_descriptor_for_words(mx: Stage) -> None:
+    done = subprocess.run(without([0, 1, 2], *program(), "--nonsense"), check=False)
+    assert done.returncode == 100
 
 
 def test_a_second_one_is_refused(mx: Stage, tmp_path: Path) -> None:

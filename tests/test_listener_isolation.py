@@ -219,7 +219,7 @@ SERVE_AND_LOOK = """
 import gc, os, sys
 
 sys.path.insert(0, sys.argv[1])
-from qmail_smtpd_py import smtpd, tls
+from qmail_smtpd_py import process, smtpd, tls
 from qmail_smtpd_py.control import CachedControlFiles
 
 gc.disable()  # as in a worker
@@ -227,7 +227,7 @@ resources = smtpd.Resources(CachedControlFiles(), tls.CachedContexts())
 arguments = [os.fsencode(word) for word in sys.argv[3:]]
 number = int(sys.argv[2])
 wire = smtpd.Wire(number, number, smtpd.TIMEOUT)
-smtpd.serve(wire, smtpd.environment(), arguments, resources)
+smtpd.serve(wire, process.environment(), arguments, resources)
 os.close(number)
 secrets = sys.stdin.buffer.read().split()
 for holder in gc.get_objects():

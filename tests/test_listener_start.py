@@ -21,10 +21,12 @@ from listener.listening import (
     Listening,
     children,
     eventually,
+    free_port,
     listening_on,
     octet_environment,
     program,
     refusal,
+    without,
 )
 from listener.mail import authenticate, quit_, send_message
 from listener.world import address, need_root, taken_port
@@ -293,22 +295,9 @@ def test_descriptors_that_are_not_there(mx: Stage, closed: list[int]) -> None:
     """Nothing of ours, such as a connection that then gets the log, takes their numbers."""
     mx.arguments("@checkpassword", "@true")
     mx.environment({"SMTPAUTH": "", "FORCETLS": "0"})
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    shut = " ".join(f"{number}<&-" for number in closed)
+    port = free_port()
     started = subprocess.Popen(
-        [
-            "sh",
-            "-c",
-            f'exec "$@" {shut}',
-            "sh",
-            *program(),
-            "-R",
-            "-H",
-            "127.0.0.1",
-            str(port),
-            *mx.args,
-        ],
+        without(closed, *program(), "-R", "-H", "127.0.0.1", str(port), *mx.args),
         env=octet_environment(mx),
         stdin=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -369,15 +369,19 @@ def test_a_log_that_is_the_connection_itself(host: Stage) -> None:
     assert delivery.descriptors[2] == "/dev/null"
 
 
-def test_a_connection_that_is_none(host: Stage) -> None:
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+def test_a_connection_that_is_none(host: Stage, closed: str) -> None:
+    """No file that is opened takes its number: this one would be read as what the client says."""
+    (host.home / "control" / "morercpthosts.cdb").write_bytes(b"HELP\r\n" * 1000)
     done = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", *under_test(), *host.args],
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *under_test(), *host.args],
         stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         env=host.env,
         check=False,
     )
     assert done.returncode == 1
+    assert grammar.codes(done.stdout) == ([220] if closed == "<&-" else [])
     assert logs.read_all(done.stderr)[-1].fields["why"] == "Bad file descriptor"
 
 

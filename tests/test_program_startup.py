@@ -27,8 +27,8 @@ sys.exit(status)
 PLAIN = {
     *("__future__", "select"),
     *("badmailfrom", "cdb", "conduct", "connection", "control", "effects", "lines", "log"),
-    *("maildata", "path", "rcpthosts", "reply", "sasl", "session", "settings", "smtpd", "trace"),
-    *("transaction", "wire"),
+    *("maildata", "path", "process", "rcpthosts", "reply", "sasl", "session", "settings", "smtpd"),
+    *("trace", "transaction", "wire"),
 }
 """Connect, EHLO, QUIT; modules of the package without its name."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from conformance.client import Client
@@ -16,21 +17,30 @@ from .listening import (
     PATIENCE,
     USUAL,
     eventually,
+    free_port,
     octet_environment,
     program,
     wait_for_death,
+    without,
 )
 
 
 class Daemon:
-    """A listener in the background; it is ended at the end of a `with`."""
+    """A listener in the background; it is ended at the end of a `with`.
 
-    def __init__(self, stage: Stage, directory: Path, *options: str) -> None:
+    `closed` are descriptors that it is not started with.
+    """
+
+    def __init__(
+        self, stage: Stage, directory: Path, *options: str, closed: Iterable[int] = ()
+    ) -> None:
         self.pid_file = directory / "pid"
         self.log_file = directory / "log"
         self._before = self._pid_text()
+        port = free_port() if 1 in closed else 0
+        arguments = [*USUAL, *self.options, *options, ADDRESS, str(port), *stage.args]
         started = subprocess.run(
-            [*program(), *USUAL, *self.options, *options, ADDRESS, "0", *stage.args],
+            without(closed, *program(), *arguments),
             cwd=directory,
             env=octet_environment(stage),
             stdin=subprocess.DEVNULL,
@@ -39,7 +49,7 @@ class Daemon:
             check=False,
         )
         assert (started.returncode, started.stderr) == (0, b"")
-        self.port = int(started.stdout)
+        self.port = port or int(started.stdout)
         eventually(self._has_pid, "there is a pid file")
         self.pid = int(self.pid_file.read_text())
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Callable
 
@@ -36,6 +37,19 @@ def program() -> list[str]:
         return [sys.executable, "-I", str(ROOT / "bin" / "qmail-smtpd-listen")]
     *words, path = shlex.split(chosen)
     return [*words, str(Path(path).with_name("qmail-smtpd-listen"))]
+
+
+def without(closed: Iterable[int], *command: str) -> list[str]:
+    """A command that is started with descriptors closed."""
+    shut = " ".join(f"{number}<&-" for number in closed)
+    return ["sh", "-c", f'exec "$@" {shut}', "sh", *command]
+
+
+def free_port() -> int:
+    """A port where nobody listens, for a listener that can not say which it has."""
+    with socket.create_server((ADDRESS, 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
 
 
 def eventually(condition: Callable[[], object], what: str) -> None:
