@@ -209,8 +209,9 @@ class Chain:
     def _take_envdir(self, path: str, environ: dict[str, str]) -> None:
         try:
             read_envdir(path, environ)
-        except OSError as error:
-            what = f"envdir can not read {path}: {error.strerror}, so the service does not start"
+        except (OSError, ValueError) as error:  # or it is no name at all
+            why = error.strerror if isinstance(error, OSError) else error
+            what = f"envdir can not read {path}: {why}, so the service does not start"
             self.troubles.append((what, "make that directory, or correct its name"))
             self.has_gap = True
 

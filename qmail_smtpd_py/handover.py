@@ -28,6 +28,7 @@ from _socket import (
     SOL_SOCKET,
     socket,
 )
+from sys import byteorder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ READY, GO = b"+", b"!"
 PATIENCE = 5.0
 """Seconds that either end may take for what it has to say before TLS begins."""
 
-_LENGTH = 4  # octets of the number before the text
+_LENGTH = 4  # octets of the number before the text: an order of our own, not the machine's
 _LONGEST = 1 << 22  # octets of environment and arguments; Linux takes 2 MiB at most
 _INT = 4  # octets of a C int
 _CREDENTIALS = 12  # octets of struct ucred: pid, uid, gid
@@ -61,7 +62,7 @@ def offer(
         helper.connect(path)
         check_peer(helper)
         text = pack(arguments, environ)
-        rights = b"".join(number.to_bytes(_INT, "little") for number in descriptors)
+        rights = b"".join(number.to_bytes(_INT, byteorder) for number in descriptors)
         sent = helper.sendmsg([text], [(SOL_SOCKET, SCM_RIGHTS, rights)])
         helper.sendall(text[sent:])
         if helper.recv(1) != READY:
@@ -107,11 +108,11 @@ def take(program: socket) -> tuple[list[int], list[bytes], dict[bytes, bytes]]:
                 if (level, kind) == (SOL_SOCKET, SCM_RIGHTS):
                     numbers = range(0, len(rights) - len(rights) % _INT, _INT)
                     descriptors += [
-                        int.from_bytes(rights[at : at + _INT], "little") for at in numbers
+                        int.from_bytes(rights[at : at + _INT], byteorder) for at in numbers
                     ]
             text += piece
             if not piece or _length(text) > _LONGEST:
-                raise HandoverError("a message that is none")
+                raise HandoverError("malformed message")
         if len(descriptors) != 3:
             raise HandoverError("not three descriptors")
         return (descriptors, *_unpack(text[_LENGTH:]))
@@ -134,7 +135,7 @@ def may_begin(program: socket) -> bool:
 def check_peer(other: socket) -> None:
     """See that the other end runs as our own user; raises HandoverError."""
     credentials = other.getsockopt(SOL_SOCKET, SO_PEERCRED, _CREDENTIALS)
-    uid = int.from_bytes(credentials[4:8], "little")
+    uid = int.from_bytes(credentials[4:8], byteorder)
     if uid != os.geteuid():
         raise HandoverError(f"the other end runs as uid {uid}, not as uid {os.geteuid()}")
 

@@ -67,13 +67,14 @@ def _our_addresses() -> set[bytes]:
     """The IPv4 addresses of the interfaces that are up (netdevice(7)); none if nobody tells."""
     import socket
     from fcntl import ioctl
+    from sys import byteorder
 
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             found = set()
             for request in _interfaces(sock.fileno()):
                 flags = ioctl(sock, _SIOCGIFFLAGS, request)[_NAME_SIZE : _NAME_SIZE + 2]
-                if int.from_bytes(flags, "little") & _IFF_UP:
+                if int.from_bytes(flags, byteorder) & _IFF_UP:
                     found.add(request[20:24])
             return found
     except OSError:

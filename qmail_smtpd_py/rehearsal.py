@@ -14,6 +14,7 @@ authenticate, as queue and check program are none, and the log goes nowhere.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -76,7 +77,7 @@ def rehearse(service: Service) -> None:
             until = time.monotonic() + _SECONDS
             for _ in range(TIMES):
                 if time.monotonic() > until:
-                    raise TimeoutError
+                    raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
                 _look_up(service.rules)
                 place = Place(Board(1), 0, os.getppid(), nowhere, lifeline, 0, 1)
                 Worker(stage, listener, place, 1, _SECONDS).run()

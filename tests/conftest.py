@@ -2,6 +2,9 @@
 
     test_core_*      no process of ours, no pyOpenSSL: the session, and the edges as functions
     test_program_*   programs and descriptors: qmail-smtpd itself, its children, its connection
+    test_listener_*  qmail-smtpd-listen: its processes, and what clients see of them
+    test_e2e_*       the programs as installed, with real clients, launchers and supervisors
+    others           a tool, a directory or a target of the Makefile: the one in the name
 
 QMAIL_SMTPD names the program to test, with its arguments; without it, it is that of this checkout,
 run by the interpreter that runs the tests.

@@ -449,6 +449,7 @@ PIECES = (
     [
         'U="$(id -u "a\0b")"',
         "tcpserver 0 a\0b qmail-smtpd",
+        "envdir a\0b tcpserver 0 25 qmail-smtpd",
         f"tcpserver 0 {'1' * 5000} qmail-smtpd",
         f"ulimit -v {'1' * 5000}; softlimit -m {'1' * 5000} tcpserver -c {'1' * 5000} 0 25 true",
     ],
