@@ -21,6 +21,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cryptography import x509
+
 SERVER_CERTIFICATE = "control/servercert.pem"
 BY_NAME = "control/servercerts"
 
@@ -150,6 +152,16 @@ def _private_key(text: bytes) -> bytes:
     before, label, behind = text.partition(b"PRIVATE KEY-----")
     begin = before[before.rindex(b"-----BEGIN ") :]
     return begin + label + behind.partition(label)[0] + label
+
+
+def revocation_lists(text: bytes) -> list[x509.CertificateRevocationList]:
+    """The certificate revocation lists in a PEM file's text; raises ValueError where one is
+    malformed.
+    """
+    from cryptography import x509
+
+    end = b"-----END X509 CRL-----"
+    return [x509.load_pem_x509_crl(one + end) for one in text.split(end)[:-1]]
 
 
 def same_type(path: str, other: str) -> bool:

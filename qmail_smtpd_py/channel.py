@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from cryptography import x509
+
 _RECORD = 16384  # octets in a TLS record (RFC 8446 section 5.1)
 
 
@@ -33,7 +35,7 @@ class Channel:
     """
 
     def __init__(self, library: Any, context: Any, is_client: bool = False) -> None:
-        self._errors = library
+        self._ssl = library
         self._connection = library.Connection(context, None)
         self.notes = Notes()
         self._connection.set_app_data(self.notes)
@@ -54,16 +56,16 @@ class Channel:
         try:
             while True:
                 pieces.append(self._connection.bio_read(65536))
-        except self._errors.WantReadError:
+        except self._ssl.WantReadError:
             return b"".join(pieces)
 
     def handshake(self) -> bool:
         """Go on with the handshake: True when it is complete; raises TlsError."""
         try:
             self._connection.do_handshake()
-        except self._errors.WantReadError:
+        except self._ssl.WantReadError:
             return False
-        except self._errors.Error as error:
+        except self._ssl.Error as error:
             raise TlsError(reason(error)) from None
         self._up = True
         return True
@@ -76,21 +78,21 @@ class Channel:
         try:
             while True:
                 pieces.append(self._connection.recv(_RECORD))
-        except self._errors.WantReadError:
+        except self._ssl.WantReadError:
             pass
-        except self._errors.ZeroReturnError:
+        except self._ssl.ZeroReturnError:
             self.ended = "hung up"
-        except self._errors.Error as error:
+        except self._ssl.Error as error:
             self.ended = f"TLS: {reason(error)}"
         return b"".join(pieces)
 
     def write(self, data: bytes) -> bytes:
-        """The data, encrypted; not where the peer broke TLS behind what it is the answer to: then
-        an alert, and the next read tells of it.
+        """The data, encrypted; where the peer has broken TLS meanwhile, an alert instead, and the
+        next `read` tells of it.
         """
         try:
             self._connection.sendall(data)
-        except self._errors.Error as error:
+        except self._ssl.Error as error:
             self.ended = self.ended or f"TLS: {reason(error)}"
         return self.pending()
 
@@ -99,9 +101,13 @@ class Channel:
         if self._up:
             try:
                 self._connection.shutdown()
-            except self._errors.Error:
+            except self._ssl.Error:
                 pass  # broken already
         return self.pending()
+
+    def version(self) -> str:
+        """The version of TLS, as OpenSSL has it."""
+        return str(self._connection.get_protocol_version_name())
 
     def cipher(self) -> str:
         """The name of the cipher, as OpenSSL has it."""
@@ -111,7 +117,7 @@ class Channel:
         """What was negotiated, for the log."""
         address, problem = self._client_certificate()
         return {
-            "version": self._connection.get_protocol_version_name(),
+            "version": self.version(),
             "cipher": self.cipher(),
             "bits": self._connection.get_cipher_bits(),
             "cert": address or problem or "none",
@@ -170,12 +176,21 @@ def note_problem(connection: Any, certificate: Any, code: int, depth: int, ok: i
 
 
 class ClientChannel(Channel):
-    """The client's end, for rehearsals with ourselves: it takes any certificate."""
+    """The client's end, for sessions with ourselves: without a context it takes any certificate.
 
-    def __init__(self) -> None:
+    `server_name` is the one to ask for (RFC 6066 section 3).
+    """
+
+    def __init__(self, context: Any = None, server_name: bytes | None = None) -> None:
         from OpenSSL import SSL
 
-        super().__init__(SSL, SSL.Context(SSL.TLS_CLIENT_METHOD), is_client=True)
+        super().__init__(SSL, context or SSL.Context(SSL.TLS_CLIENT_METHOD), is_client=True)
+        if server_name:
+            self._connection.set_tlsext_host_name(server_name)
+
+    def chain(self) -> list[x509.Certificate]:
+        """The certificates that the server has sent, its own first."""
+        return [link.to_cryptography() for link in self._connection.get_peer_cert_chain() or []]
 
 
 def reason(error: Exception) -> str:

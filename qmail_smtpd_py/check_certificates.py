@@ -18,11 +18,11 @@ from cryptography.x509.oid import (
     NameOID,
 )
 
-from .certificates import contents
+from .certificates import contents, revocation_lists
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from .findings import Report
 
@@ -30,7 +30,6 @@ SOON = 14
 """Days before its end when a certificate that is not renewed is worth a warning."""
 
 _SMALLEST_RSA = 2048  # bits
-_END_OF_LIST = b"-----END X509 CRL-----"
 
 RENEW = "renew it (certbot renew, or make cert FORCE=1), and see that the deploy hook ran"
 _IN_ORDER = "key, the server's certificate, then each issuer's: cat privkey.pem fullchain.pem"
@@ -210,7 +209,7 @@ def examine_authorities(path: str, crl_path: str, report: Report) -> int:
     for authority in authorities:
         _examine_dates(authority, f"{path}: {name_of(authority)}", report)
     try:
-        lists = list(_revocation_lists(crl_path))
+        lists = revocation_lists(contents(crl_path))
     except FileNotFoundError:
         return len(authorities)
     except (OSError, ValueError):
@@ -218,11 +217,6 @@ def examine_authorities(path: str, crl_path: str, report: Report) -> int:
     if lists:
         _examine_lists(lists, authorities, crl_path, report)
     return len(authorities)
-
-
-def _revocation_lists(path: str) -> Iterator[x509.CertificateRevocationList]:
-    for text in contents(path).split(_END_OF_LIST)[:-1]:
-        yield x509.load_pem_x509_crl(text + _END_OF_LIST)
 
 
 def _examine_lists(

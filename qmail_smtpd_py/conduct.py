@@ -2,7 +2,7 @@
 
 Each reply of the session is shown to `Conduct`, which counts those that refuse, by their code:
 
-    500 501 502 504     a command that is none; not an AUTH exchange that was canceled
+    500 501 502 504     no command, or a malformed one; not an AUTH exchange that was canceled
     535                 a failed AUTH attempt; so is one that was refused for those before it
     454 to AUTH         trouble with the check program, which is started anew each time
     550 553             a recipient that is not taken
@@ -42,30 +42,36 @@ class Limits:
         self.recipients = recipients
 
 
-_BAD_COMMAND, _AUTH_FAILURE, _BAD_RECIPIENT, _AUTH_TROUBLE = range(4)
+_NOT_COUNTED, _BAD_COMMAND, _AUTH_FAILURE, _BAD_RECIPIENT, _AUTH_TROUBLE = range(5)
 
-_COUNTED: dict[object, int | None] = {
+_BY_CODE = {
     500: _BAD_COMMAND,
     501: _BAD_COMMAND,
-    reply.AUTH_CANCELED: None,  # the client may (RFC 4954 section 4)
     502: _BAD_COMMAND,
     504: _BAD_COMMAND,
     535: _AUTH_FAILURE,
+    550: _BAD_RECIPIENT,
+    553: _BAD_RECIPIENT,
+}
+"""What a reply counts as."""
+
+_BY_REPLY = {
+    reply.AUTH_CANCELED: _NOT_COUNTED,  # the client may (RFC 4954 section 4)
     reply.AUTH_TOO_OFTEN: _AUTH_FAILURE,
     reply.AUTH_TROUBLE: _AUTH_TROUBLE,
     reply.AUTH_NO_CHILD: _AUTH_TROUBLE,
     reply.AUTH_NO_PIPE: _AUTH_TROUBLE,
-    550: _BAD_RECIPIENT,
-    553: _BAD_RECIPIENT,
 }
-"""What a reply counts as, by itself or by its code."""
+"""The same for those that mean something else than others with their code."""
 
-_ENDS = (
-    reply.TOO_MANY_BAD_COMMANDS,
-    reply.TOO_MANY_AUTH_FAILURES,
-    reply.TOO_MANY_BAD_RECIPIENTS,
-    reply.TOO_MANY_AUTH_FAILURES,
-)
+_ENDS = {
+    _BAD_COMMAND: ("bad_commands", reply.TOO_MANY_BAD_COMMANDS),
+    _AUTH_FAILURE: ("auth_failures", reply.TOO_MANY_AUTH_FAILURES),
+    _BAD_RECIPIENT: ("bad_recipients", reply.TOO_MANY_BAD_RECIPIENTS),
+    # Not so few: a user with the right password may try again.
+    _AUTH_TROUBLE: ("bad_commands", reply.TOO_MANY_AUTH_FAILURES),
+}
+"""Which of the Limits it is then, and the reply that ends the session there."""
 
 
 _HTTP = ("GET", "POST", "HEAD", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "PRI")
@@ -96,13 +102,8 @@ class Conduct:
     __slots__ = ("_counts", "_limits", "_refusals", "_tell")
 
     def __init__(self, limits: Limits, tell: Callable[[str, Mapping[str, object]], None]) -> None:
-        self._counts = [0, 0, 0, 0]
-        self._limits = (
-            limits.bad_commands,
-            limits.auth_failures,
-            limits.bad_recipients,
-            limits.bad_commands,  # not so few: a user with the right password may try again
-        )
+        self._limits = limits
+        self._counts: dict[int, int] = {}
         self._tell = tell
         self._refusals = 0
 
@@ -115,11 +116,12 @@ class Conduct:
 
     def judge(self, answer: Reply) -> Reply | None:
         """Take note of a reply: the one that ends the session behind it, or None."""
-        kind = _COUNTED.get(answer, _COUNTED.get(answer.code))
-        if kind is None:
+        kind = _BY_REPLY.get(answer, _BY_CODE.get(answer.code, _NOT_COUNTED))
+        if kind == _NOT_COUNTED:
             return None
-        self._counts[kind] += 1
-        return self.end(_ENDS[kind]) if self._counts[kind] == self._limits[kind] else None
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        limit, end = _ENDS[kind]
+        return self.end(end) if count == getattr(self._limits, limit) else None
 
     def refuse_protocol(self, octets: bytes) -> Reply:
         """The reply to octets that start with one of OPENINGS."""

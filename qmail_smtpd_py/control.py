@@ -20,7 +20,7 @@ from .path import number
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     Key = TypeVar("Key", bound=Hashable)
     Parsed = TypeVar("Parsed")
@@ -116,9 +116,9 @@ class ControlFiles:
         return True
 
     def lacks(self, name: str) -> bool:
-        """Whether there is no such file in a directory that is there: looked at anew.
+        """Whether the directory is there and has no such file, asked without what is kept.
 
-        While a directory is being put into the place of another, it seems to have nothing.
+        A directory that is being replaced looks empty for a moment: hence a look before and behind.
         """
         before = signature(DIRECTORY + ".")
         is_there = _has_entry(name)
@@ -134,8 +134,8 @@ class CachedControlFiles(ControlFiles):
         self._signatures: dict[str, Signature | None] = {}  # of names that the directory has
         self._absent: set[str] = set()  # names that it has not
         self._directory: Signature | None = None  # None: it has to be looked at name by name
-        self._values: dict[tuple[str, object], object] = {}
-        self._derived: dict[object, object] = {}
+        self._values: dict[tuple[str, object], Any] = {}
+        self._derived: dict[object, Any] = {}
 
     def refresh(self) -> None:
         """Forget what was read of files that have changed since."""
@@ -155,19 +155,21 @@ class CachedControlFiles(ControlFiles):
             self._derived.clear()
 
     def load(self, name: str, parse: Callable[[bytes | None], Parsed]) -> Parsed:
-        value = self._values.get((name, parse), self)
-        if value is self:  # nothing is there
+        try:
+            value: Parsed = self._values[name, parse]
+        except KeyError:
             self._note(name)
             value = self._values[name, parse] = super().load(name, parse)
-        return value  # type: ignore[return-value]
+        return value
 
     def derive(self, key: Key, make: Callable[[Key, ControlFiles], Derived]) -> Derived:
-        value = self._derived.get(key, self)
-        if value is self:
+        try:
+            value: Derived = self._derived[key]
+        except KeyError:
             if len(self._derived) >= _MOST_DERIVED:
                 self._derived.clear()
             value = self._derived[key] = make(key, self)
-        return value  # type: ignore[return-value]
+        return value
 
     def open(self, name: str) -> int | None:
         self._note(name)

@@ -1,7 +1,7 @@
 """TLS for one connection: whether it can be had, with what, and its beginning.
 
-What `tls` is told, it is told here: the administrator's choice of ciphers, whom to ask for a
-certificate, and whether a helper does the work.  What goes wrong becomes a reply and a line in the
+Decides what `tls` works with: the administrator's choice of ciphers, whom to ask for a certificate,
+and whether a helper does the work.  What goes wrong becomes a reply and a line in the
 log.  Loaded when a session first needs it.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .handover import Offer
     from .reply import Reply
     from .settings import Sources
-    from .tls import CachedContexts, Context, Wishes
+    from .tls import CachedContexts, Context, Policy
     from .wire import Wire
 
     Log = Callable[[str, Mapping[str, object]], None]
@@ -78,7 +78,7 @@ class Encryption:
                 # Or MemoryError, which is better told before all of it is loaded.
                 bytes(_ROOM_FOR_MANY if self._contexts else _ROOM)
             if self._contexts:
-                self._context = self._contexts.get(self._wishes())
+                self._context = self._contexts.get(self._policy())
             else:
                 certificates.check()
         except _NOT_LOADED as error:
@@ -158,15 +158,17 @@ class Encryption:
             self._log("error", {"why": warning})
 
     def _new_context(self) -> Context:
-        from .tls import Context, Policy
+        from .tls import Context
 
-        return Context(Policy(*self._wishes()))
+        return Context(self._policy())
 
-    def _wishes(self) -> Wishes:
+    def _policy(self) -> Policy:
         """What the administrator wants; tickets are for processes that outlive a connection."""
+        from .tls import Policy
+
         tickets = self._contexts is not None and self._environ.get(b"TLSTICKETS") != b"0"
         asks = self.asks_for_certificates()
-        return tuple(self._ciphers), self._minimum or None, asks, tickets
+        return Policy(tuple(self._ciphers), self._minimum or None, asks, tickets)
 
     def asks_for_certificates(self) -> bool:
         """Whether a client certificate could make a difference."""

@@ -107,45 +107,15 @@ class Options:
                 raise UsageError("the port is empty")
 
     def _take(self, flag: str, value: str) -> None:
-        """Heed one option; raises ValueError where its value is none."""
-        switches = {
-            "-h": (self.look_ups, "host", True),
-            "-H": (self.look_ups, "host", False),
-            "-p": (self.look_ups, "paranoid", True),
-            "-P": (self.look_ups, "paranoid", False),
-            "-r": (self.look_ups, "ident", True),
-            "-R": (self.look_ups, "ident", False),
-            "-d": (self, "no_delay", False),
-            "-D": (self, "no_delay", True),
-            "-o": (self, "keep_ip_options", True),
-            "-O": (self, "keep_ip_options", False),
-            "-q": (self, "verbosity", 0),
-            "-Q": (self, "verbosity", 1),
-            "-v": (self, "verbosity", 2),
-            "-1": (self, "print_port", True),
-            "--daemon": (self, "daemon", True),
-            "--help": (self, "wants_help", True),
-        }
-        values: dict[str, tuple[str, Callable[[str], object]]] = {
-            "-b": ("backlog", _backlog),
-            "-B": ("banner", str),
-            "-c": ("limit", _processes),
-            "-g": ("gid", _id),
-            "-u": ("uid", _id),
-            "--helper": ("helper", _path),
-            "--pid-file": ("pid_file", _path),
-            "--log-file": ("log_file", _path),
-            "--max-use": ("max_use", _positive),
-            "--max-age": ("max_age", _age),
-            "--idle": ("idle", _processes),
-            "--drain": ("drain", _seconds),
-            "--proxy-from": ("proxies", Peers),
-        }
-        if flag in switches:
-            target, name, switch = switches[flag]
-            setattr(target, name, switch)
-        elif flag in values:
-            name, convert = values[flag]
+        """Heed one option; raises ValueError where its value is not valid."""
+        if flag in _SWITCHES:
+            name, switch = _SWITCHES[flag]
+            setattr(self, name, switch)
+        elif flag in _LOOK_UPS:
+            name, switch = _LOOK_UPS[flag]
+            setattr(self.look_ups, name, switch)
+        elif flag in _VALUES:
+            name, convert = _VALUES[flag]
             setattr(self, name, convert(value))
         elif flag == "-t":
             self.look_ups.ident_seconds = _seconds(value)
@@ -225,3 +195,42 @@ def _age(text: str) -> float:
     if seconds < 1:
         raise ValueError("not at least 1 second")
     return seconds
+
+
+_SWITCHES: dict[str, tuple[str, int]] = {
+    "-d": ("no_delay", False),
+    "-D": ("no_delay", True),
+    "-o": ("keep_ip_options", True),
+    "-O": ("keep_ip_options", False),
+    "-q": ("verbosity", 0),
+    "-Q": ("verbosity", 1),
+    "-v": ("verbosity", 2),
+    "-1": ("print_port", True),
+    "--daemon": ("daemon", True),
+    "--help": ("wants_help", True),
+}
+
+_LOOK_UPS = {
+    "-h": ("host", True),
+    "-H": ("host", False),
+    "-p": ("paranoid", True),
+    "-P": ("paranoid", False),
+    "-r": ("ident", True),
+    "-R": ("ident", False),
+}
+
+_VALUES: dict[str, tuple[str, Callable[[str], object]]] = {
+    "-b": ("backlog", _backlog),
+    "-B": ("banner", str),
+    "-c": ("limit", _processes),
+    "-g": ("gid", _id),
+    "-u": ("uid", _id),
+    "--helper": ("helper", _path),
+    "--pid-file": ("pid_file", _path),
+    "--log-file": ("log_file", _path),
+    "--max-use": ("max_use", _positive),
+    "--max-age": ("max_age", _age),
+    "--idle": ("idle", _processes),
+    "--drain": ("drain", _seconds),
+    "--proxy-from": ("proxies", Peers),
+}

@@ -112,7 +112,9 @@ class Session:
 
     def time_out(self, answer: Reply = reply.TIMEOUT) -> bytes:
         """The client was silent, or slow, for too long; what it is told."""
-        self._close(answer if answer is reply.TIMEOUT else self._conduct.end(answer))
+        if answer is not reply.TIMEOUT:
+            self._conduct.end(answer)  # with a line in the log
+        self._close(answer)
         return answer.render()
 
     def connection_lost(self) -> None:

@@ -15,6 +15,7 @@ without one, and with one that does not verify.
 from __future__ import annotations
 
 import os
+from typing import NamedTuple  # which pyOpenSSL imports anyway
 
 from . import certificates
 from .certificates import BY_NAME, SERVER_CERTIFICATE, TlsError
@@ -25,8 +26,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
-
-    Wishes = tuple[tuple[bytes, ...], bytes | None, bool, bool]  # what a Policy is made of
 
 CLIENT_AUTHORITIES = "control/clientca.pem"
 REVOCATIONS = "control/clientcrl.pem"
@@ -39,7 +38,7 @@ _SEPARATORS = b":, ;"  # openssl-ciphers(1)
 _OPERATORS = b"!-+@"  # likewise; a word with one of them adds no cipher
 
 
-class Policy:
+class Policy(NamedTuple):
     """What handshakes are like, by the administrator's choice.
 
     `ciphers` are OpenSSL cipher strings, or none for the default; `minimum` is the oldest version
@@ -48,19 +47,10 @@ class Policy:
     of use where the context outlives the connection.
     """
 
-    __slots__ = ("ask_client", "ciphers", "minimum", "resumable")
-
-    def __init__(
-        self,
-        ciphers: Sequence[bytes] = (),
-        minimum: bytes | None = None,
-        ask_client: bool = False,
-        resumable: bool = False,
-    ) -> None:
-        self.ciphers = ciphers
-        self.minimum = minimum
-        self.ask_client = ask_client
-        self.resumable = resumable
+    ciphers: tuple[bytes, ...] = ()
+    minimum: bytes | None = None
+    ask_client: bool = False
+    resumable: bool = False
 
 
 class Context:
@@ -101,12 +91,10 @@ class Context:
         return Channel(self._library, self.ssl)
 
     def _choose_versions(self, minimum: bytes | None) -> None:
-        from OpenSSL import SSL
-
         versions = {
-            None: SSL.TLS1_2_VERSION,
-            b"1.2": SSL.TLS1_2_VERSION,
-            b"1.3": SSL.TLS1_3_VERSION,
+            None: self._library.TLS1_2_VERSION,
+            b"1.2": self._library.TLS1_2_VERSION,
+            b"1.3": self._library.TLS1_3_VERSION,
         }
         if minimum not in versions:
             text = (minimum or b"").decode("latin-1")
@@ -129,20 +117,16 @@ class Context:
             self.warnings.append(f"{error}; left out")
 
     def _load(self, path: str) -> None:
-        from OpenSSL import SSL
-
         try:
             self.ssl.use_certificate_chain_file(path)
             self.ssl.use_privatekey_file(path)
-        except SSL.Error as error:
+        except self._library.Error as error:
             raise TlsError(f"{path}: {reason(error)}") from None
 
     def _choose_ciphers(self, ciphers: Sequence[bytes]) -> None:
         """Set the ciphers of TLS 1.2, and those of TLS 1.3; one for which none are named keeps its
         default.
         """
-        from OpenSSL import SSL
-
         older, newer, unknown = sort_ciphers(ciphers)
         source = "tlsserverciphers"
         self.warnings += [f"{source}: no such cipher: {_text(name)}; left out" for name in unknown]
@@ -152,57 +136,49 @@ class Context:
                 return
         try:
             self.ssl.set_cipher_list(b":".join(older))
-        except SSL.Error:
+        except self._library.Error:
             self.ssl.set_cipher_list(CIPHERS)
             text = f"no ciphers of TLS 1.2 in {_text(b':'.join(ciphers))}"
             self.warnings.append(f"{source}: {text}; the default is in force")
 
     def _load_dh_parameters(self) -> None:
-        from OpenSSL import SSL
-
         if os.path.exists(DH_PARAMETERS):
             try:
                 certificates.read(DH_PARAMETERS)
                 self.ssl.load_tmp_dh(DH_PARAMETERS)
-            except (TlsError, SSL.Error) as error:
+            except (TlsError, self._library.Error) as error:
                 self.warnings.append(_told_of(DH_PARAMETERS, error))
 
     def _ask_for_certificate(self) -> None:
         """Ask clients for a certificate of one of our authorities."""
-        from OpenSSL import SSL
-
         try:
             certificates.read(CLIENT_AUTHORITIES)
             self.ssl.load_verify_locations(CLIENT_AUTHORITIES)
             self.ssl.load_client_ca(CLIENT_AUTHORITIES.encode())
-        except (TlsError, SSL.Error) as error:
+        except (TlsError, self._library.Error) as error:
             self.warnings.append(_told_of(CLIENT_AUTHORITIES, error))
             return
         if os.path.exists(REVOCATIONS):
             try:
                 self._load_revocations()
-            except (TlsError, ValueError, SSL.Error) as error:
+            except (TlsError, ValueError, self._library.Error) as error:
                 # Who was revoked is not known: nobody's certificate can count.
                 why = str(error) if isinstance(error, TlsError) else f"{REVOCATIONS}: {error}"
                 self.warnings.append(f"{why}; no client certificate counts")
                 return
-        self.ssl.set_verify(SSL.VERIFY_PEER, note_problem)
+        self.ssl.set_verify(self._library.VERIFY_PEER, note_problem)
 
     def _load_revocations(self) -> None:
-        from cryptography import x509
         from OpenSSL import crypto
 
-        lists = certificates.read(REVOCATIONS).split(_END_OF_LIST)[:-1]
+        lists = certificates.revocation_lists(certificates.read(REVOCATIONS))
         if not lists:
             raise ValueError("no certificate revocation list in it")
         store = self.ssl.get_cert_store()
         assert store is not None  # a context has one
-        for text in lists:
-            store.add_crl(x509.load_pem_x509_crl(text + _END_OF_LIST))
+        for revoked in lists:
+            store.add_crl(revoked)
         store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
-
-
-_END_OF_LIST = b"-----END X509 CRL-----"
 
 
 def _told_of(path: str, error: Exception) -> str:
@@ -267,9 +243,6 @@ class NamedContexts:
         self._policy = policy
         self._kept: dict[str, tuple[object, Context | None, list[str]]] = {}
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def choose(self, connection: Any) -> None:
         """Called by OpenSSL in the middle of a handshake: give it the context for the name."""
         warnings = connection.get_app_data().warnings
@@ -314,19 +287,18 @@ class CachedContexts:
     """Contexts for a process that serves many connections: made anew where a file has changed."""
 
     def __init__(self) -> None:
-        self._contexts: dict[Wishes, tuple[object, Context]] = {}
+        self._contexts: dict[Policy, tuple[object, Context]] = {}
 
-    def get(self, wishes: Wishes) -> Context:
-        """The context for the policy with these words; raises TlsError."""
-        policy = Policy(*wishes)
+    def get(self, policy: Policy) -> Context:
+        """The context for a policy; raises TlsError."""
         seen = tuple(map(signature, _ASKING_FILES if policy.ask_client else _FILES))
-        cached = self._contexts.get(wishes)
+        cached = self._contexts.get(policy)
         if cached is not None and cached[0] == seen:
             return cached[1]
         certificates.check()
         context = Context(policy)
         _rehearse(context)
-        self._contexts[wishes] = seen, context
+        self._contexts[policy] = seen, context
         return context
 
 

@@ -15,7 +15,8 @@ import subprocess
 
 from OpenSSL import SSL
 
-from .channel import VERIFY_ERRORS
+from .certificates import TlsError
+from .channel import ClientChannel, note_problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Trial:
         self.log: list[str] = []
         self.status: int | None = None
         self._socket: socket.socket
-        self._tls: SSL.Connection | None = None
+        self._tls: ClientChannel | None = None
         self._received = b""
 
     def run(
@@ -142,75 +143,49 @@ class Trial:
             return b""
 
     def _read(self) -> bytes:
+        """What the program says next, empty at the end; raises TrialError."""
         if self._tls is None:
             return self._receive()
-        while True:
-            try:
-                return self._tls.recv(_PIECE)
-            except SSL.WantReadError:
-                data = self._receive()
-                if not data:
-                    return b""
-                self._tls.bio_write(data)
-            except SSL.Error:
+        while not (said := self._tls.read()) and not self._tls.ended:
+            data = self._receive()
+            if not data:
                 return b""
+            self._tls.feed(data)
+        return said
 
     def _write(self, data: bytes) -> None:
-        if self._tls is None:
-            self._socket.sendall(data)
-        else:
-            self._tls.sendall(data)
-            self._flush(self._tls)
-
-    def _flush(self, tls: SSL.Connection) -> None:
-        try:
-            while True:
-                self._socket.sendall(tls.bio_read(_PIECE))
-        except SSL.WantReadError:
-            pass
+        self._socket.sendall(self._tls.write(data) if self._tls else data)
 
     def _start_tls(self, version: str | None, ciphers: bytes) -> None:
         """Make the handshake, whoever the server says that it is; raises TrialError."""
-        tls = SSL.Connection(self._context(version, ciphers), None)
-        tls.set_connect_state()
-        if self._server_name:
-            tls.set_tlsext_host_name(self._server_name.encode("ascii", "replace"))
-        while True:
-            try:
-                tls.do_handshake()
-                break
-            except SSL.WantReadError:
-                self._flush(tls)
+        name = self._server_name.encode("ascii", "replace") if self._server_name else None
+        tls = ClientChannel(self._context(version, ciphers), name)
+        try:
+            while not tls.handshake():
+                self._socket.sendall(tls.pending())
                 data = self._receive()
                 if not data:
-                    raise TrialError("hung up on in the TLS handshake") from None
-                tls.bio_write(data)
-            except SSL.Error as error:
-                self._flush(tls)
-                reasons = "; ".join(entry[-1] for entry in error.args[0] if entry)
-                raise TrialError(f"the TLS handshake failed: {reasons}") from None
-        self._flush(tls)
+                    raise TrialError("hung up on in the TLS handshake")
+                tls.feed(data)
+        except TlsError as error:
+            raise TrialError(f"the TLS handshake failed: {error}") from None
+        finally:
+            self._socket.sendall(tls.pending())
         self._tls = tls
-        self.version = tls.get_protocol_version_name()
-        self.cipher = tls.get_cipher_name() or ""
-        self.chain = [link.to_cryptography() for link in tls.get_peer_cert_chain() or []]
+        self.version, self.cipher = tls.version(), tls.cipher()
+        self.chain = tls.chain()
+        self.verify_error = "".join(tls.notes.problems[:1])
 
     def _context(self, version: str | None, ciphers: bytes) -> SSL.Context:
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
         context.set_default_verify_paths()
-        context.set_verify(SSL.VERIFY_PEER, self._note_problem)
+        context.set_verify(SSL.VERIFY_PEER, note_problem)
         if version:
             context.set_min_proto_version(_VERSIONS[version])
             context.set_max_proto_version(_VERSIONS[version])
         if ciphers:
             context.set_cipher_list(ciphers)
         return context
-
-    def _note_problem(self, _: object, __: object, code: int, depth: int, ok: int) -> bool:
-        """Keep what is wrong, and go on."""
-        if not ok and not self.verify_error:
-            self.verify_error = VERIFY_ERRORS.get(code, f"certificate verify error {code}")
-        return True
 
 
 def _limit(limits: Mapping[str, int]) -> None:
