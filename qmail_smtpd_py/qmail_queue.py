@@ -13,6 +13,7 @@ qmail-queue-custom-error).
 from __future__ import annotations
 
 import posix as os  # cheaper at start: see launcher.py
+import select
 import time
 from _signal import SIGPIPE, SIGXFSZ  # type: ignore[import-not-found]  # signal, without its enums
 
@@ -74,6 +75,7 @@ _RESET_SIGNALS = (SIGPIPE, SIGXFSZ)  # which the interpreter ignores
 _NO_PROCESS = (11, 12)  # EAGAIN and ENOMEM of fork(2)
 
 _PIECE = 32768
+_LOOK_SECONDS = 1.0  # between looks whether one that reads nothing has ended
 _REAP_SECONDS = 1.0
 
 
@@ -118,6 +120,8 @@ def open_delivery(
     if ends is None:
         return None
     message_out, message_in, envelope_out, envelope_in, *text = ends
+    for descriptor in (message_in, envelope_in):
+        os.set_blocking(descriptor, False)
     actions = [(os.POSIX_SPAWN_DUP2, message_out, 0), (os.POSIX_SPAWN_DUP2, envelope_out, 1)]
     if text:
         actions += [(os.POSIX_SPAWN_DUP2, text[1], number) for number in _TEXT_DESCRIPTORS]
@@ -186,7 +190,7 @@ class QueueDelivery(effects.Delivery):
     """
 
     __slots__ = (
-        *("_envelope", "_failed", "_left", "_message", "_pieces", "_size", "_text"),
+        *("_envelope", "_failed", "_left", "_message", "_pieces", "_size", "_status", "_text"),
         *("pid", "trouble"),
     )
 
@@ -206,6 +210,7 @@ class QueueDelivery(effects.Delivery):
         self._envelope = envelope
         self._text = text
         self._failed = trouble is not None
+        self._status: int | None = None if pid else 0  # of wait(2), once it has ended
         self._pieces: list[bytes] = []
         self._size = 0
 
@@ -224,9 +229,30 @@ class QueueDelivery(effects.Delivery):
     def _write_all(self, descriptor: int, data: bytes) -> None:
         try:
             while data and not self._failed:
-                data = data[os.write(descriptor, data) :]
+                try:
+                    data = data[os.write(descriptor, data) :]
+                except BlockingIOError:
+                    self._await_reader(descriptor)
         except OSError:
             self._failed = True
+
+    def _await_reader(self, descriptor: int) -> None:
+        """Wait until the pipe takes more; not for ever where qmail-queue has ended, and something
+        that it has started keeps the other end open.
+        """
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        while not poll.poll(_LOOK_SECONDS * 1000):
+            if self._has_ended():
+                self._failed = True
+                return
+
+    def _has_ended(self) -> bool:
+        """Whether it has ended; then its status is there."""
+        if self._status is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = status if ended else None
+        return self._status is not None
 
     def close(self, envelope: bytes) -> Reply | None:
         """End the message, hand over the envelope and wait for what qmail-queue says."""
@@ -234,7 +260,7 @@ class QueueDelivery(effects.Delivery):
         os.close(self._message)
         self._write_all(self._envelope, envelope)
         os.close(self._envelope)
-        status = os.waitpid(self.pid, 0)[1] if self.pid else 0
+        status = os.waitpid(self.pid, 0)[1] if self._status is None else self._status
         text = self._read_text()
         if self.trouble:
             return reply_to(_CANNOT_EXEC)
@@ -266,7 +292,7 @@ class QueueDelivery(effects.Delivery):
         _close(self._message, self._envelope)
         self._pieces.clear()
         deadline = time.monotonic() + _REAP_SECONDS
-        while self.pid and not _has_ended(self.pid):
+        while not self._has_ended():
             if time.monotonic() > deadline:
                 self._left.append(self.pid)
                 break

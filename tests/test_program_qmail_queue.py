@@ -95,6 +95,19 @@ def test_message_and_envelope_arrive_whole(queue: Queue, size: int) -> None:
     assert queue.wrote("envelope") == ENVELOPE
 
 
+def test_one_that_ends_while_what_it_started_keeps_the_pipe(queue: Queue) -> None:
+    began = time.monotonic()
+    assert queue.deliver("sleep 20 <&0 & exit 53", LARGE) == rendered(53)
+    assert time.monotonic() - began < 10
+
+
+def test_giving_up_one_that_ends_while_what_it_started_keeps_the_pipe(queue: Queue) -> None:
+    delivery = queue.start("sleep 20 <&0 & exit 0")
+    delivery.write(LARGE)
+    delivery.cancel()
+    assert queue.left == []
+
+
 def test_a_large_envelope_arrives_whole(queue: Queue) -> None:
     envelope = b"Fa@example.com\0" + b"Tb@example.org\0" * 20_000 + b"\0"
     delivery = queue.start(READ_ALL)
