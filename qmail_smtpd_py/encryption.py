@@ -13,6 +13,7 @@ import sys
 from . import certificates, log, reply
 from .certificates import TlsError
 from .connection import cipher
+from .effects import ControlError
 from .wire import ConnectionLost, HandedOver, TimedOut
 
 TYPE_CHECKING = False
@@ -70,13 +71,11 @@ class Encryption:
         """See that a handshake can begin: None if so; raises ControlError."""
         if self.is_ucspi or self._finds_helper():
             return None
-        chosen = self._environ.get(b"TLSCIPHERS")
-        self._ciphers = [chosen] if chosen else self._files.list("tlsserverciphers") or []
-        self._minimum = self._sources.line(b"TLSMINVERSION", "tlsminversion")
         try:
             if "OpenSSL.SSL" not in sys.modules:
                 # Or MemoryError, which is better told before all of it is loaded.
                 bytes(_ROOM_FOR_MANY if self._contexts else _ROOM)
+            self._choose()
             if self._contexts:
                 self._context = self._contexts.get(self._policy())
             else:
@@ -90,6 +89,18 @@ class Encryption:
                 return reply.tls_unavailable(error.what, error.reason.encode("ascii", "replace"))
             return reply.tls_unavailable(b"not available")
         return None
+
+    def _choose(self) -> None:
+        """Read what the administrator has chosen; raises ControlError, or TlsError where there is
+        no certificate either, as that comes first in the C program.
+        """
+        chosen = self._environ.get(b"TLSCIPHERS")
+        try:
+            self._ciphers = [chosen] if chosen else self._files.list("tlsserverciphers") or []
+            self._minimum = self._sources.line(b"TLSMINVERSION", "tlsminversion")
+        except ControlError:
+            certificates.check()
+            raise
 
     def _start_ucspi(self, wire: Wire) -> bytes:
         """Have the program that started us make the handshake; the name of the cipher."""
@@ -121,7 +132,7 @@ class Encryption:
             environ = self._environ
             if not environ.get(b"QMAILHOME", b"/").startswith(b"/"):
                 environ = {**environ, b"QMAILHOME": os.getcwdb()}  # the helper is somewhere else
-            self._offer = handover.offer(path, (0, 1, 2), self._arguments, environ)
+            self._offer = handover.offer(path, self._arguments, environ)
         except handover.HandoverError as error:
             why = f"no help from {os.fsdecode(path)}: {error}; doing TLS ourselves"
             self._log("error", {"why": why})
@@ -132,7 +143,7 @@ class Encryption:
         if self.is_ucspi:
             return self._start_ucspi(wire)
         if self._offer:
-            raise HandedOver(self._offer.complete())
+            raise HandedOver(self._offer.complete((0, 1, 2)))
         try:
             context = self._context or self._new_context()
             self._warn(context.warnings)

@@ -1,11 +1,12 @@
 """The warm helper: hand a connection over at STARTTLS to a process that has TLS loaded already.
 
 For hosts that keep tcpserver.  The program that tcpserver started connects to the helper's UNIX
-socket and sends, in one message, its descriptors 0, 1 and 2, its arguments and its environment.
-STARTTLS forgets the rest of the session, so that nothing else is needed.  Then:
+socket and sends its arguments and its environment.  STARTTLS forgets the rest of the session, so
+that nothing else is needed but descriptors 0, 1 and 2, which come last: an offer that nobody took
+holds no connection and no log open.
 
     helper    +   TLS can begin      (or ends the connection: the program does TLS itself)
-    program   !   220 was sent: go   (or ends the connection: never mind)
+    program   !   220 was sent: go, with the descriptors (or ends the connection: never mind)
     helper    N   one octet: the exit status of the session, for the program to end with
 
 The program stays until then, so that tcpserver's -c counts the connection.  Either end talks only
@@ -37,7 +38,10 @@ if TYPE_CHECKING:
 READY, GO = b"+", b"!"
 
 PATIENCE = 5.0
-"""Seconds that either end may take for what it has to say before TLS begins."""
+"""Seconds that a program may take for what it has to say before TLS begins."""
+
+PATIENCE_OF_PROGRAMS = 2.0
+"""Seconds that a helper may take: the client waits, and TLS can be had without it."""
 
 _LENGTH = 4  # octets of the number before the text: an order of our own, not the machine's
 _LONGEST = 1 << 22  # octets of environment and arguments; Linux takes 2 MiB at most
@@ -49,22 +53,14 @@ class HandoverError(Exception):
     """The other end is not there, not ours, or says no; the text says which."""
 
 
-def offer(
-    path: bytes,
-    descriptors: Sequence[int],
-    arguments: Sequence[bytes],
-    environ: Mapping[bytes, bytes],
-) -> Offer:
-    """Offer the connection to the helper at a path; raises HandoverError unless it takes it."""
+def offer(path: bytes, arguments: Sequence[bytes], environ: Mapping[bytes, bytes]) -> Offer:
+    """Offer a connection to the helper at a path; raises HandoverError unless it takes it."""
     helper = socket(AF_UNIX, SOCK_STREAM)
     try:
-        helper.settimeout(PATIENCE)
+        helper.settimeout(PATIENCE_OF_PROGRAMS)
         helper.connect(path)
         check_peer(helper)
-        text = pack(arguments, environ)
-        rights = b"".join(number.to_bytes(_INT, byteorder) for number in descriptors)
-        sent = helper.sendmsg([text], [(SOL_SOCKET, SCM_RIGHTS, rights)])
-        helper.sendall(text[sent:])
+        helper.sendall(pack(arguments, environ))
         if helper.recv(1) != READY:
             raise HandoverError("the helper can not do TLS now")
     except OSError as error:
@@ -82,11 +78,14 @@ class Offer:
     def __init__(self, helper: socket) -> None:
         self._helper = helper
 
-    def complete(self) -> int:
-        """Let the helper begin, and wait for its end; the exit status of the session."""
+    def complete(self, descriptors: Sequence[int]) -> int:
+        """Let the helper begin, on these three, and wait for its end; the exit status of the
+        session.
+        """
+        rights = b"".join(number.to_bytes(_INT, byteorder) for number in descriptors)
         try:
             self._helper.settimeout(None)
-            self._helper.sendall(GO)
+            self._helper.sendmsg([GO], [(SOL_SOCKET, SCM_RIGHTS, rights)])
             return (self._helper.recv(1) or b"\1")[0]
         except OSError:
             return 1
@@ -94,42 +93,43 @@ class Offer:
             self._helper.close()
 
 
-def take(program: socket) -> tuple[list[int], list[bytes], dict[bytes, bytes]]:
-    """What a program hands over: descriptors, arguments, environment; raises HandoverError."""
+def take(program: socket) -> tuple[list[bytes], dict[bytes, bytes]]:
+    """What a program offers: its arguments and its environment; raises HandoverError."""
     deadline = time.monotonic() + PATIENCE
     check_peer(program)
-    descriptors: list[int] = []
     try:
         text = b""
         while len(text) < _LENGTH or len(text) < _LENGTH + _length(text):
             program.settimeout(max(0.001, deadline - time.monotonic()))
-            piece, ancillary, _, _ = program.recvmsg(65536, CMSG_SPACE(3 * _INT), MSG_CMSG_CLOEXEC)
-            for level, kind, rights in ancillary:
-                if (level, kind) == (SOL_SOCKET, SCM_RIGHTS):
-                    numbers = range(0, len(rights) - len(rights) % _INT, _INT)
-                    descriptors += [
-                        int.from_bytes(rights[at : at + _INT], byteorder) for at in numbers
-                    ]
+            piece = program.recv(65536)
             text += piece
             if not piece or _length(text) > _LONGEST:
                 raise HandoverError("malformed message")
-        if len(descriptors) != 3:
-            raise HandoverError("not three descriptors")
-        return (descriptors, *_unpack(text[_LENGTH:]))
-    except (OSError, ValueError, HandoverError) as error:
-        for descriptor in descriptors:
-            os.close(descriptor)
+        return _unpack(text[_LENGTH:])
+    except (OSError, ValueError) as error:
         raise HandoverError(str(error)) from None
 
 
-def may_begin(program: socket) -> bool:
-    """Tell the program that TLS can begin, and wait until it has told the client."""
+def begin(program: socket) -> list[int]:
+    """Tell the program that TLS can begin; its three descriptors, once it has told the client, or
+    none.
+    """
     try:
         program.settimeout(PATIENCE)
         program.sendall(READY)
-        return program.recv(1) == GO
+        said, ancillary, _, _ = program.recvmsg(1, CMSG_SPACE(3 * _INT), MSG_CMSG_CLOEXEC)
     except OSError:
-        return False
+        return []
+    descriptors = []
+    for level, kind, rights in ancillary:
+        if (level, kind) == (SOL_SOCKET, SCM_RIGHTS):
+            for at in range(0, len(rights) - len(rights) % _INT, _INT):
+                descriptors.append(int.from_bytes(rights[at : at + _INT], byteorder))
+    if said == GO and len(descriptors) == 3:
+        return descriptors
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return []
 
 
 def check_peer(other: socket) -> None:

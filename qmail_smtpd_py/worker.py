@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import select
 import socket
@@ -212,8 +211,7 @@ class Helper(Worker):
             self._tell_status()
         service.resources.files.refresh()
         try:
-            descriptors, arguments, environ = handover.take(connection)
-            status = self._serve_handed_over(connection, descriptors, arguments, environ)
+            status = self._serve_offered(connection, *handover.take(connection))
             try:
                 connection.sendall(bytes([status]))
             except OSError:
@@ -225,25 +223,28 @@ class Helper(Worker):
             connection.close()
         return status
 
-    def _serve_handed_over(
-        self,
-        connection: Socket,
-        descriptors: Sequence[int],
-        arguments: Sequence[bytes],
-        environ: Mapping[bytes, bytes],
+    def _serve_offered(
+        self, program: Socket, arguments: Sequence[bytes], environ: Mapping[bytes, bytes]
     ) -> int:
-        """Serve the session; its log lines go where the program's go."""
-        read_fd, write_fd, log_fd = descriptors
-        try:
-            with logging_to(log_fd):
-                wire = WatchfulWire(read_fd, write_fd, TIMEOUT, self._look)
-                begin = functools.partial(handover.may_begin, connection)
+        """Serve the session that a program offers; its log lines go where the program's go."""
+        wire = WatchfulWire(-1, -1, TIMEOUT, self._look)  # until there are descriptors
+        with contextlib.ExitStack() as given:
+
+            def begin() -> bool:
+                descriptors = handover.begin(program)
+                if not descriptors:
+                    return False
+                for descriptor in descriptors:
+                    given.callback(os.close, descriptor)
+                read_fd, write_fd, log_fd = descriptors
+                given.enter_context(logging_to(log_fd))
+                wire.move(read_fd, write_fd)
+                return True
+
+            try:
                 return serve(wire, environ, arguments, self._service.resources, begin)
-        except (ConnectionLost, TimedOut):
-            return 1
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            except (ConnectionLost, TimedOut):
+                return 1
 
 
 @contextlib.contextmanager
