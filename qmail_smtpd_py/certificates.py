@@ -76,11 +76,6 @@ def check(path: str = SERVER_CERTIFICATE) -> None:
     text = read(path)
     if b"-----BEGIN CERTIFICATE-----" not in text:
         raise Unavailable(path, _NO_CERTIFICATE, "no certificate in it")
-    if b"PRIVATE KEY-----" not in text:
-        remedy = "; append the key to the certificate"
-        raise Unavailable(path, _NO_KEY, "no private key in it", remedy)
-    if b"-----BEGIN ENCRYPTED" in text or b"Proc-Type: 4,ENCRYPTED" in text:
-        raise Unavailable(path, _NO_KEY, "the private key has a passphrase", "; take it off")
     _check_pair(path, text)
 
 
@@ -123,12 +118,22 @@ def _check_pair(path: str, text: bytes) -> None:
 
     if not lib.SSL_CTX_use_certificate_chain_file(context, path.encode()):
         raise Unavailable(path, _NO_CERTIFICATE, reason())
+    _check_key(path, text)
     if not lib.SSL_CTX_use_PrivateKey_file(context, path.encode(), lib.SSL_FILETYPE_PEM):
         raise Unavailable(path, _NO_KEY, reason(), _why_no_pair(text))
     # A key of another type than the certificate's has a place of its own, and is no error so far.
     if not lib.SSL_CTX_check_private_key(context):
         lib.ERR_clear_error()
         raise Unavailable(path, _NO_KEY, "key type mismatch", _why_no_pair(text))
+
+
+def _check_key(path: str, text: bytes) -> None:
+    """See that there is a key that can be read without anybody; raises Unavailable."""
+    if b"PRIVATE KEY-----" not in text:
+        remedy = "; append the key to the certificate"
+        raise Unavailable(path, _NO_KEY, "no private key in it", remedy)
+    if b"-----BEGIN ENCRYPTED" in text or b"Proc-Type: 4,ENCRYPTED" in text:
+        raise Unavailable(path, _NO_KEY, "the private key has a passphrase", "; take it off")
 
 
 def _why_no_pair(text: bytes) -> str:

@@ -49,13 +49,16 @@ class Session:
     """One session; see the head of this file.
 
     `exit_status` is what the program ends with: 0 after QUIT, 1 in every other case;
-    `is_half_sent` tells whether a command, or a message, is there in part and the rest is to come.
+    `is_half_sent` tells whether a command, or a message, is there in part and the rest is to come;
+    `is_paused` that `receive` has more to obey without that anything came.
     """
 
     def __init__(self, connection: Connection, settings: Settings, effects: Effects) -> None:
         self.state = COMMAND
         self.exit_status = 1
         self.is_half_sent = False
+        self.is_paused = False
+        self._took_time = False
         self._connection = connection
         self._settings = settings
         self._effects = effects
@@ -88,21 +91,27 @@ class Session:
         return reply.greeting(self._settings.greeting).render()
 
     def receive(self, data: bytes) -> bytes:
-        """Take in what the client sent; the replies to it."""
+        """Take in what the client sent; the replies to it.
+
+        Behind what took time, a check program or a queue program, the session pauses: the client is
+        to hear of it, if it is there yet, before more of what it pipelined is obeyed.
+        """
         if self.state not in _READERS:
             return b""  # in clear behind STARTTLS, or behind the end: it must not count
         self._unread.add(data)
         try:
             while self.state in _READERS and not self._unread.is_empty():
-                if not _READERS[self.state](self):
+                if not _READERS[self.state](self) or self._took_time:
                     break
         except ControlError as error:
             self._effects.log("error", {"why": str(error)})
             self._reply(reply.CONTROLS_UNREADABLE)
-        replies = b"".join(self._replies)
-        self._replies.clear()
-        self.is_half_sent = self.state == MAIL_DATA or not self._unread.is_empty()
-        return replies
+        has_more = not self._unread.is_empty()
+        self.is_paused = self._took_time and has_more
+        self._took_time = False
+        self.is_half_sent = self.state == MAIL_DATA or (has_more and not self.is_paused)
+        replies, self._replies = self._replies, []
+        return b"".join(replies)
 
     def tls_started(self, cipher: bytes) -> None:
         """A handshake is complete: what was said before it counts no more."""
@@ -268,11 +277,8 @@ class Session:
         return reply.OK
 
     def _may_send_to(self, recipient: bytes) -> bool:
-        return (
-            self._relay_client is not None
-            or self._effects.is_recipient_allowed(recipient)
-            or self._is_certified()
-        )
+        is_trusted = self._relay_client is not None
+        return is_trusted or self._effects.is_recipient_allowed(recipient) or self._is_certified()
 
     def _is_certified(self) -> bool:
         """Whether a client certificate makes this a relaying client from now on; asked once."""
@@ -347,17 +353,13 @@ class Session:
         else:
             refusal = message.delivery.close(message.transaction.envelope())
             answer = refusal or reply.accepted(self._effects.now(), message.delivery.pid)
+        self._took_time = True
         self._log_mail(message, "accepted" if answer.code == 250 else "refused", answer)
         return answer
 
     def _log_mail(self, message: Message, result: str, answer: Reply | None = None) -> None:
-        refused = answer is not None and answer.code != 250
-        fields = {
-            "result": result,
-            "code": answer.code if answer else None,
-            "why": answer.lines[0] if answer and refused else None,
-        }
-        self._effects.log("mail", {**fields, **message.facts(self._user)})
+        if result != "refused" or self._conduct.tells_refusal():
+            self._effects.log("mail", message.facts(self._user, result, answer))
 
     # STARTTLS (RFC 3207)
 
@@ -410,9 +412,8 @@ class Session:
         if name not in self._settings.auth.mechanisms:
             return reply.AUTH_UNKNOWN_MECHANISM
         self._mechanism = name
-        self._exchange = sasl.MECHANISMS[name](
-            initial.lstrip(b" ") or None, self._effects.new_challenge
-        )
+        begin = sasl.MECHANISMS[name]
+        self._exchange = begin(initial.lstrip(b" ") or None, self._effects.new_challenge)
         return self._continue(None)
 
     def _read_auth_response(self) -> bool:
@@ -444,10 +445,12 @@ class Session:
 
     def _authenticate(self, credentials: sasl.Credentials) -> Reply:
         answer = self._effects.authenticate(credentials, self._identity())
+        self._took_time = True
         if answer is reply.AUTHENTICATED:
             self._user = self._remote_info = credentials.user
             self._method = self._mechanism.lower()
             self._relay_client = b""
+            self._certificate = None  # it is the user who vouches for the message now
         return self._log_auth(answer, credentials.user)
 
     def _log_auth(self, answer: Reply, user: bytes | None = None) -> Reply:

@@ -40,6 +40,13 @@ AUTH_FAILURES, AUTH_FAILURES_PERIOD = 30, 3600
 """How many failed AUTH attempts an address may have, in how many seconds, if they are counted."""
 
 
+SHORTEST_WINDOW = 300
+"""Seconds over which a client's pace is looked at, at least: a short timeout is no stopwatch."""
+
+MOST_ERRORS = 100
+"""Lines of `error` that a session may have in the log, lest one client should fill it."""
+
+
 class Resources:
     """What a process keeps from one connection to the next: how it reads control files, and where
     there is more than one connection, TLS contexts, and in which directory it was started; what
@@ -101,7 +108,7 @@ class Server(Effects):
         self._ip_host = wanted.ip_host
         self.timeout = wanted.timeout
         self.longest_session = wanted.longest_session
-        self.pace = Pace(wanted.least_rate, wanted.timeout)
+        self.pace = Pace(wanted.least_rate, max(wanted.timeout, SHORTEST_WINDOW))
         may_relay = self.connection.relay_client is not None
         self.greeting_delay = 0 if may_relay else wanted.greeting_delay
         self._bad_mail_from = BadMailFrom(files)
@@ -109,6 +116,7 @@ class Server(Effects):
         self.is_smtps = b"SMTPS" in environ and self.connection.cipher is None
         self._encryption: Encryption | None = None
         self._log = log.Log()
+        self._errors = 0
 
     @property
     def drops_early_talkers(self) -> bool:
@@ -142,6 +150,12 @@ class Server(Effects):
         return int(time.time())
 
     def log(self, event: str, fields: Mapping[str, object]) -> None:
+        if event == "error":
+            self._errors += 1
+            if self._errors > MOST_ERRORS + 1:
+                return
+            if self._errors > MOST_ERRORS:
+                event, fields = "limit", {"why": "more errors are not told"}
         self._log.write(event, {"ip": self.connection.remote_ip, **fields})
 
     # Policy
@@ -195,8 +209,15 @@ class Server(Effects):
         return delivery
 
     def new_challenge(self) -> bytes:
-        random = os.urandom(16).hex().encode()
-        return b"<%s.%d@%s>" % (random, self.now(), self.connection.local)
+        return self._challenge(os.urandom(16).hex().encode())
+
+    def _challenge(self, unique: bytes) -> bytes:
+        """What is like a Message-ID (RFC 2195 section 2), with our name, or our address as the
+        environment has it.
+        """
+        local_ip = self._environ.get(b"TCPLOCALIP", b"unknown")
+        local = self._environ.get(b"TCPLOCALHOST", local_ip)
+        return b"<%s.%d@%s>" % (unique, self.now(), local)
 
     def authenticate(self, credentials: Credentials, identity: Identity) -> Reply:
         from . import checkpassword
@@ -272,28 +293,29 @@ def serve(
     environ: Mapping[bytes, bytes],
     arguments: Sequence[bytes],
     resources: Resources,
-    may_begin: Callable[[], bool] | None = None,
+    begin: Callable[[], bool] | None = None,
 ) -> int:
     """Serve one connection; the exit status: 0 after QUIT, 1 in every other case.
 
     `arguments` are the check program and its own arguments; `environ` is that of tcp-environ(5),
-    with the variables of qmail-smtpd(8).  A connection handed over for TLS has `may_begin`: it is
-    called when the handshake could begin, and says whether it may.
+    with the variables of qmail-smtpd(8).  For a connection that is offered for TLS alone, there is
+    `begin`: it is called when the handshake could begin, lets the wire have the connection, and
+    says whether it did.  Until then whoever offers it goes on by itself.
     """
     server = None
     try:
         resources.go_home(environ)
         server = Server(environ, arguments, resources)
         wire.limit(server.timeout, server.longest_session)
-        return _converse(wire, server, may_begin)
+        return _converse(wire, server, begin)
     except HandedOver as handed_over:
         return handed_over.exit_status
     except ControlError as error:
         log.write("error", {"ip": Connection(environ).remote_ip, "why": str(error)})
-        if not may_begin:
+        if not begin:
             wire.write(reply.CONTROLS_UNREADABLE.render())
-        if server:  # which has told of the connection, too
-            server.log("disconnect", {"why": "closed"})
+            if server:  # which has told of the connection, too
+                server.log("disconnect", {"why": "closed"})
         return 1
     finally:
         wire.close()
@@ -301,10 +323,10 @@ def serve(
             server.close()
 
 
-def _converse(wire: Wire, server: Server, may_begin: Callable[[], bool] | None) -> int:
+def _converse(wire: Wire, server: Server, begin: Callable[[], bool] | None) -> int:
     """Run the session to its end, whatever that is; the exit status."""
     connection = server.connection
-    if not may_begin:
+    if not begin:
         ends = {"host": connection.remote_host, "local": connection.local}
         server.log("connect", {**ends, "port": connection.local_port})
         if connection.cipher is not None:
@@ -312,7 +334,7 @@ def _converse(wire: Wire, server: Server, may_begin: Callable[[], bool] | None) 
     session = server.open_session()
     exit_status = 1
     try:
-        why = _dialogue(wire, server, session, may_begin)
+        why = _dialogue(wire, server, session, begin)
         exit_status = session.exit_status
     except TimedOut:
         why = "timeout"
@@ -320,22 +342,26 @@ def _converse(wire: Wire, server: Server, may_begin: Callable[[], bool] | None) 
         why = str(error)
     finally:
         session.connection_lost()
-    server.log("disconnect", {"why": why})
+    if why:
+        server.log("disconnect", {"why": why})
     return exit_status
 
 
 def _dialogue(
-    wire: Wire, server: Server, session: Session, may_begin: Callable[[], bool] | None
+    wire: Wire, server: Server, session: Session, begin: Callable[[], bool] | None
 ) -> str:
-    """Take turns with the client until the session is closed; why it was."""
-    if server.is_smtps or may_begin:
+    """Take turns with the client until the session is closed; why it was, empty where it was not
+    ours to begin.
+    """
+    if server.is_smtps or begin:
         refusal = server.prepare_tls()
-        if refusal and not may_begin:
+        if begin and (refusal or not begin()):
+            return ""
+        if refusal:
             wire.write(refusal.render())
-        if refusal or (may_begin and not may_begin()):
             return "no TLS"
         session.tls_started(server.encryption.start(wire))
-    if server.is_smtps or not may_begin:
+    if server.is_smtps or not begin:
         _greet(wire, server, session)
     while session.state != CLOSED:
         if session.state == TLS_HANDSHAKE:
@@ -368,7 +394,11 @@ def _take_turns(wire: Wire, server: Server, session: Session) -> None:
     while session.state not in (TLS_HANDSHAKE, CLOSED):
         was_half_sent = session.is_half_sent
         try:
-            data = wire.read()
+            if session.is_paused:
+                wire.check()
+                data = b""
+            else:
+                data = wire.read()
         except TimedOut:
             if not wire.is_over:
                 wire.write(session.time_out())

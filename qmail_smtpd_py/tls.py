@@ -124,22 +124,24 @@ class Context:
             raise TlsError(f"{path}: {reason(error)}") from None
 
     def _choose_ciphers(self, ciphers: Sequence[bytes]) -> None:
-        """Set the ciphers of TLS 1.2, and those of TLS 1.3; one for which none are named keeps its
-        default.
+        """Set the ciphers of TLS 1.2, and those of TLS 1.3.
+
+        Without one of TLS 1.3 its default stays.  Without one of TLS 1.2 it is not spoken: who
+        chose ciphers is not to get others.
         """
         older, newer, unknown = sort_ciphers(ciphers)
         source = "tlsserverciphers"
         self.warnings += [f"{source}: no such cipher: {_text(name)}; left out" for name in unknown]
         if newer:
             self.ssl.set_tls13_ciphersuites(b":".join(newer))
-            if not older:
-                return
         try:
             self.ssl.set_cipher_list(b":".join(older))
         except self._library.Error:
             self.ssl.set_cipher_list(CIPHERS)
-            text = f"no ciphers of TLS 1.2 in {_text(b':'.join(ciphers))}"
-            self.warnings.append(f"{source}: {text}; the default is in force")
+            self.ssl.set_min_proto_version(self._library.TLS1_3_VERSION)
+            if older or not newer:
+                text = f"no ciphers of TLS 1.2 in {_text(b':'.join(ciphers))}"
+                self.warnings.append(f"{source}: {text}; TLS 1.3 alone is served")
 
     def _load_dh_parameters(self) -> None:
         if os.path.exists(DH_PARAMETERS):
@@ -158,7 +160,7 @@ class Context:
         except (TlsError, self._library.Error) as error:
             self.warnings.append(_told_of(CLIENT_AUTHORITIES, error))
             return
-        if os.path.exists(REVOCATIONS):
+        if signature(REVOCATIONS) is not None:  # one that can not be reached is there
             try:
                 self._load_revocations()
             except (TlsError, ValueError, self._library.Error) as error:

@@ -7,6 +7,7 @@ from .maildata import MailData
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .effects import Delivery
+    from .reply import Reply
 
 MAX_HOPS = 100
 """Received and Delivered lines from which on a message is looping, as in qmail-smtpd."""
@@ -78,9 +79,13 @@ class Message:
         """Whether the header tells of too many hops (RFC 5321 section 6.3)."""
         return self.data.hops >= MAX_HOPS
 
-    def facts(self, user: bytes | None) -> dict[str, object]:
-        """What the log tells of it; `user` is who sent it."""
+    def facts(self, user: bytes | None, result: str, answer: Reply | None) -> dict[str, object]:
+        """What the log tells of it: who sent it, and what became of it, with the reply if any."""
+        refused = answer is not None and answer.code != 250
         return {
+            "result": result,
+            "code": answer.code if answer else None,
+            "why": answer.lines[0] if answer and refused else None,
             "size": self.data.size,
             "qp": self.delivery.pid,
             "user": user,

@@ -96,6 +96,17 @@ class Wire:
             self._tls.feed(self._receive(deadline - time.monotonic()))
         return data
 
+    def check(self) -> None:
+        """See that the client is still there, if only to be told something, and has time left;
+        raises TimedOut or ConnectionLost.
+        """
+        if self.is_over:
+            raise TimedOut
+        poll = select.poll()
+        poll.register(self._write_fd, 0)  # POLLHUP and POLLERR come unasked
+        if poll.poll(0):
+            raise ConnectionLost(HUNG_UP)
+
     def waited(self) -> float:
         """Seconds since the last read began."""
         return time.monotonic() - self._read_since

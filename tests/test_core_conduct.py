@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conformance import cases, grammar
-from conformance.world import base64, open_session
+from conformance.world import all_replies, base64, open_session
 
 from qmail_smtpd_py.conduct import MOST_REFUSALS, OPENINGS, Limits, Pace
 from qmail_smtpd_py.reply import AUTH_TOO_OFTEN, AUTH_TROUBLE
@@ -24,8 +24,8 @@ def last_line(world: object) -> bytes:
 
 def test_the_third_failed_auth_is_told_and_then_it_ends() -> None:
     session, world = open_session()
-    assert grammar.codes(session.receive(BAD + BAD)) == [535, 535]
-    said = session.receive(BAD + GOOD + b"NOOP\r\n")
+    assert grammar.codes(all_replies(session, BAD + BAD)) == [535, 535]
+    said = all_replies(session, BAD + GOOD + b"NOOP\r\n")
     assert grammar.replies(said) == [
         "535 authentication failed (#5.7.1)",
         "421 too many failed auth attempts, goodbye (#4.7.0)",
@@ -40,40 +40,40 @@ def test_the_third_failed_auth_is_told_and_then_it_ends() -> None:
 def test_attempts_that_are_refused_for_those_before_count_too() -> None:
     session, world = open_session()
     world.authenticate = lambda *_: AUTH_TOO_OFTEN  # type: ignore[method-assign]
-    assert grammar.codes(session.receive(BAD + GOOD)) == [454, 454]
+    assert grammar.codes(all_replies(session, BAD + GOOD)) == [454, 454]
     assert b"auth result=failed mechanism=PLAIN tls=no code=454" in world.lines[-1]
-    assert grammar.codes(session.receive(GOOD)) == [454, 421]
+    assert grammar.codes(all_replies(session, GOOD)) == [454, 421]
 
 
 def test_trouble_is_no_failed_attempt() -> None:
     session, world = open_session()
     world.authenticate = lambda *_: AUTH_TROUBLE  # type: ignore[method-assign]
-    assert grammar.codes(session.receive(GOOD * 19)) == [454] * 19
+    assert grammar.codes(all_replies(session, GOOD * 19)) == [454] * 19
 
 
 def test_nor_can_check_programs_be_started_without_an_end() -> None:
     session, world = open_session()
     world.authenticate = lambda *_: AUTH_TROUBLE  # type: ignore[method-assign]
-    assert grammar.codes(session.receive(GOOD * 100)) == [454] * 20 + [421]
+    assert grammar.codes(all_replies(session, GOOD * 100)) == [454] * 20 + [421]
     assert session.state == CLOSED
     assert b'limit code=421 why="too many failed auth attempts' in world.lines[-1]
 
 
 def test_to_cancel_is_no_bad_command() -> None:
     session, _ = open_session()
-    assert grammar.codes(session.receive(b"AUTH PLAIN\r\n*\r\n" * 30)) == [334, 501] * 30
+    assert grammar.codes(all_replies(session, b"AUTH PLAIN\r\n*\r\n" * 30)) == [334, 501] * 30
 
 
 def test_a_user_who_gets_it_right_the_third_time_is_welcome() -> None:
     session, _ = open_session()
-    assert grammar.codes(session.receive(BAD + BAD + GOOD + MAIL)) == [535, 535, 235, 250]
+    assert grammar.codes(all_replies(session, BAD + BAD + GOOD + MAIL)) == [535, 535, 235, 250]
 
 
 def test_tls_does_not_forget_failed_attempts() -> None:
     session, _ = open_session()
-    session.receive(BAD + BAD + b"STARTTLS\r\n")
+    all_replies(session, BAD + BAD + b"STARTTLS\r\n")
     session.tls_started(b"CIPHER")
-    assert grammar.codes(session.receive(BAD)) == [535, 421]
+    assert grammar.codes(all_replies(session, BAD)) == [535, 421]
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_tls_does_not_forget_failed_attempts() -> None:
 def test_the_twentieth_bad_command_ends_it(command: bytes) -> None:
     session, world = open_session()
     for _ in range(19):
-        session.receive(b"NOOP\r\n" + command + b"\r\n")
+        all_replies(session, b"NOOP\r\n" + command + b"\r\n")
         assert session.state != CLOSED
-    said = session.receive(command + b"\r\nNOOP\r\n")
+    said = all_replies(session, command + b"\r\nNOOP\r\n")
     assert grammar.replies(said)[-1] == "421 too many bad commands, goodbye (#4.5.0)"
     assert session.state == CLOSED
     assert last_line(world) == b'limit code=421 why="too many bad commands, goodbye (#4.5.0)"'
@@ -97,15 +97,15 @@ def test_the_twentieth_bad_command_ends_it(command: bytes) -> None:
 def test_what_is_pipelined_behind_a_mail_that_is_refused_does_not_count() -> None:
     session, _ = open_session(smtpauth=b"!")
     batch = MAIL + b"RCPT TO:<u@here.example>\r\n" * 100 + b"DATA\r\n"
-    codes = grammar.codes(session.receive(batch + b"RSET\r\n" + batch + GOOD + MAIL))
+    codes = grammar.codes(all_replies(session, batch + b"RSET\r\n" + batch + GOOD + MAIL))
     assert codes == [*([530] + [503] * 101 + [250]), *([530] + [503] * 101), 235, 250]
 
 
 def test_recipients_that_are_refused_end_it_where_brtlimit_says_so() -> None:
     session, world = open_session(limits=Limits(bad_recipients=3))
     wrong, right = b"RCPT TO:<u@elsewhere.example>\r\n", b"RCPT TO:<u@here.example>\r\n"
-    assert grammar.codes(session.receive(MAIL + wrong + right + wrong)) == [250, 553, 250, 553]
-    said = session.receive(b"RSET\r\n" + MAIL + wrong + right)
+    assert grammar.codes(all_replies(session, MAIL + wrong + right + wrong)) == [250, 553, 250, 553]
+    said = all_replies(session, b"RSET\r\n" + MAIL + wrong + right)
     assert grammar.codes(said) == [250, 250, 553, 421]
     assert last_line(world) == b'limit code=421 why="too many invalid addresses, goodbye (#4.3.0)"'
 
@@ -113,7 +113,7 @@ def test_recipients_that_are_refused_end_it_where_brtlimit_says_so() -> None:
 def test_recipients_beyond_maxrcpt_are_for_another_message() -> None:
     session, world = open_session(limits=Limits(recipients=2))
     rcpt = b"RCPT TO:<u@here.example>\r\n"
-    said = session.receive(MAIL + rcpt * 3 + b"DATA\r\n.\r\n" + MAIL + rcpt * 2)
+    said = all_replies(session, MAIL + rcpt * 3 + b"DATA\r\n.\r\n" + MAIL + rcpt * 2)
     assert grammar.codes(said) == [250, 250, 250, 452, 354, 250, 250, 250, 250]
     assert "452 too many recipients (#4.5.3)" in grammar.replies(said)
     assert world.queues[0].envelope == b"Fa@example.com\0Tu@here.example\0Tu@here.example\0\0"
@@ -122,7 +122,7 @@ def test_recipients_beyond_maxrcpt_are_for_another_message() -> None:
 def test_no_limit_is_no_limit() -> None:
     session, _ = open_session(limits=Limits(0, 0, 0, 0))
     wrong = b"RCPT TO:<u@elsewhere.example>\r\n"
-    codes = grammar.codes(session.receive(BAD * 200 + b"TURN\r\n" * 200 + MAIL + wrong * 200))
+    codes = grammar.codes(all_replies(session, BAD * 200 + b"TURN\r\n" * 200 + MAIL + wrong * 200))
     assert codes == [*[535] * 200, *[502] * 200, 250, *[553] * 200]
 
 
@@ -143,7 +143,7 @@ def test_recorded_dialogues_are_far_from_every_limit() -> None:
 
 def test_refusals_do_not_fill_the_log() -> None:
     session, world = open_session()
-    said = session.receive(MAIL + b"RCPT TO:<\xff@elsewhere.example>\r\n" * 1000 + b"NOOP\r\n")
+    said = all_replies(session, MAIL + b"RCPT TO:<\xff@elsewhere.example>\r\n" * 1000 + b"NOOP\r\n")
     assert grammar.codes(said) == [250, *[553] * 1000, 250]
     lines = [line.partition(b": ")[2] for line in world.lines]
     assert len(lines) == MOST_REFUSALS + 1
@@ -172,7 +172,7 @@ REQUESTS = {
 def test_what_opens_another_protocol_ends_the_session_at_once(request_: bytes) -> None:
     for pieces in ([request_], [request_[at : at + 1] for at in range(len(request_))]):
         session, world = open_session()
-        said = b"".join(session.receive(piece) for piece in pieces)
+        said = b"".join(all_replies(session, piece) for piece in pieces)
         assert said == b"421 this is SMTP, goodbye (#4.5.0)\r\n"
         assert session.state == CLOSED
         protocol = REQUESTS[request_].strip(b'"')
@@ -184,15 +184,15 @@ def test_what_opens_another_protocol_ends_the_session_at_once(request_: bytes) -
 def test_it_is_the_opening_that_counts() -> None:
     """A program that speaks SMTP may have a bad command, whatever its name."""
     session, _ = open_session()
-    said = session.receive(b"EHLO x\r\nGET / HTTP/1.1\r\n\x16\x03\x01\r\nNOOP\r\n")
+    said = all_replies(session, b"EHLO x\r\nGET / HTTP/1.1\r\n\x16\x03\x01\r\nNOOP\r\n")
     assert grammar.codes(said) == [250, 502, 502, 250]
 
 
 def test_what_opens_another_protocol_inside_of_tls_ends_the_session_too() -> None:
     session, _ = open_session()
-    session.receive(b"EHLO x\r\nSTARTTLS\r\n")
+    all_replies(session, b"EHLO x\r\nSTARTTLS\r\n")
     session.tls_started(b"CIPHER")
-    assert grammar.codes(session.receive(b"GET / HTTP/1.1\r\n")) == [421]
+    assert grammar.codes(all_replies(session, b"GET / HTTP/1.1\r\n")) == [421]
 
 
 def test_no_recorded_client_begins_like_that() -> None:
@@ -218,7 +218,7 @@ def test_what_is_half_sent() -> None:
         *((b"x" * 20000, True), (b"x", True), (b"\r\n", False)),
     ]
     for piece, is_half_sent in steps:
-        session.receive(piece)
+        all_replies(session, piece)
         assert session.is_half_sent is is_half_sent, piece
 
 
@@ -262,11 +262,11 @@ def test_a_message_that_takes_too_long_is_not_queued(name: str) -> None:
     from qmail_smtpd_py import reply
 
     session, world = open_session()
-    session.receive(IN_A_MESSAGE + b"Subject: x\r\n")
+    all_replies(session, IN_A_MESSAGE + b"Subject: x\r\n")
     said = session.time_out(getattr(reply, name))
     assert grammar.codes(said) == [421]
     assert world.queues[0].envelope == b""
     events = [line.partition(b": ")[2].split(b" ")[0] for line in world.lines]
     assert events == [b"limit", b"mail"]
     assert b"result=cut-off code=421" in world.lines[-1]
-    assert session.receive(b".\r\n") == b""
+    assert all_replies(session, b".\r\n") == b""

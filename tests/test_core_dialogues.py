@@ -18,6 +18,7 @@ from conformance.planned import CIPHER, NOW, Rehearsal
 from conformance.play import compare_records
 from conformance.stage import Stage
 from conformance.words import Words
+from conformance.world import all_replies
 
 from qmail_smtpd_py.effects import ControlError
 from qmail_smtpd_py.session import CLOSED
@@ -80,7 +81,7 @@ class Replay:
             said += self.rehearsal.greet()
         data = self.words.answer(**turn.step.answer) if turn.step.answer else b""
         for piece in pieces(data + turn.data, cut):
-            said += self.rehearsal.session.receive(piece)
+            said += all_replies(self.rehearsal.session, piece)
         self.said += said
         return [self.words.in_reply(reply) for reply in split(said)]
 

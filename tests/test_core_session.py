@@ -7,7 +7,7 @@ from typing import Callable
 
 import pytest
 from conformance import grammar
-from conformance.world import base64, open_session
+from conformance.world import all_replies, base64, open_session
 
 from qmail_smtpd_py.session import CLOSED, Session
 from qmail_smtpd_py.transaction import RECIPIENTS_LIMIT, Transaction
@@ -33,9 +33,9 @@ def test_what_looks_like_the_end_is_not_the_end(lookalike: bytes) -> None:
     data = b"Subject: x\r\n\r\ntext" + lookalike + hidden
     for at in range(len(data)):
         session, world = open_session()
-        session.receive(IN_A_MESSAGE)
-        session.receive(data[:at])
-        session.receive(data[at:])
+        all_replies(session, IN_A_MESSAGE)
+        all_replies(session, data[:at])
+        all_replies(session, data[at:])
         session.connection_lost()
         (queue,) = world.queues
         assert queue.envelope in (b"", b"Fa@example.com\0Tu@here.example\0\0")
@@ -71,11 +71,11 @@ def peak_of(act: Callable[[], object]) -> int:
 @pytest.mark.parametrize("before", STATES.values(), ids=STATES)
 def test_a_line_without_end_needs_no_memory(before: bytes, octet: bytes) -> None:
     session, world = open_session()
-    session.receive(before)
+    all_replies(session, before)
     for queue in world.queues:
         queue.write = lambda data: None  # type: ignore[method-assign]
     piece = octet * 65536
-    peak = peak_of(lambda: [session.receive(piece) for _ in range(64)])
+    peak = peak_of(lambda: [all_replies(session, piece) for _ in range(64)])
     assert peak < 8 * len(piece), f"{peak} octets for pieces of {len(piece)}"
 
 
@@ -85,7 +85,7 @@ def test_many_small_lines_need_memory_for_one_piece_of_them() -> None:
 
     def send(times: int) -> None:
         for _ in range(times):
-            session.receive(piece)
+            all_replies(session, piece)
 
     assert peak_of(lambda: send(20)) < 2 * peak_of(lambda: send(1))
 
@@ -94,11 +94,11 @@ def test_many_small_lines_need_memory_for_one_piece_of_them() -> None:
 def test_qmail_queue_gets_nothing_beyond_databytes(size: int) -> None:
     """Its disk is not to be filled by what will be refused."""
     session, world = open_session(databytes=50)
-    session.receive(IN_A_MESSAGE)
+    all_replies(session, IN_A_MESSAGE)
     (queue,) = world.queues
     trace_field = len(queue.message)
-    said = b"".join(session.receive(b"x" * size) for _ in range(200))
-    said += session.receive(b"\r\n.\r\n")
+    said = b"".join(all_replies(session, b"x" * size) for _ in range(200))
+    said += all_replies(session, b"\r\n.\r\n")
     assert said == b"552 sorry, that message size exceeds my databytes limit (#5.3.4)\r\n"
     assert len(queue.message) - trace_field <= 50
     assert queue.envelope == b""
@@ -106,12 +106,12 @@ def test_qmail_queue_gets_nothing_beyond_databytes(size: int) -> None:
 
 def test_recipients_are_bounded() -> None:
     session, _ = open_session()
-    session.receive(b"MAIL FROM:<>\r\n")
+    all_replies(session, b"MAIL FROM:<>\r\n")
     address = b"x" * 110 + b"@here.example"
     room = RECIPIENTS_LIMIT // (len(address) + 2)
-    said = session.receive(b"RCPT TO:<%s>\r\n" % address * (room + 1))
+    said = all_replies(session, b"RCPT TO:<%s>\r\n" % address * (room + 1))
     assert said == b"250 ok\r\n" * room + b"452 too many recipients (#4.5.3)\r\n"
-    assert session.receive(b"RCPT TO:<x@here.example>\r\n") == b"250 ok\r\n", "it still fits"
+    assert all_replies(session, b"RCPT TO:<x@here.example>\r\n") == b"250 ok\r\n", "it still fits"
 
 
 @pytest.mark.parametrize("recipient", [b"", b"ab", b"x" * 900])
@@ -136,8 +136,8 @@ def test_recipients_need_the_memory_of_their_octets_however_short_they_are(
 def test_the_log_shows_the_first_recipients_and_how_many_octets_all_of_them_have() -> None:
     session, world = open_session()
     addresses = [b"user%d@here.example" % number for number in range(1000)]
-    session.receive(b"MAIL FROM:<>\r\n" + b"".join(b"RCPT TO:<%s>\r\n" % a for a in addresses))
-    session.receive(b"DATA\r\n.\r\n")
+    all_replies(session, b"MAIL FROM:<>\r\n" + b"".join(b"RCPT TO:<%s>\r\n" % a for a in addresses))
+    all_replies(session, b"DATA\r\n.\r\n")
     listed = b",".join(addresses)
     assert world.lines[-1].endswith(b'to="%s...(%d octets)"' % (listed[:1200], len(listed)))
 
@@ -152,23 +152,23 @@ INJECTED = [b"NOOP\r\n", b"NOO", IN_A_MESSAGE, b"QUIT\r\n", b"\r\n", GOOD]
 def test_nothing_said_before_tls_is_heard_after_it(injected: bytes, how: str) -> None:
     session, _ = open_session(smtpauth=b"!")
     if how == "with it":
-        said = session.receive(b"EHLO x\r\nSTARTTLS\r\n" + injected)
+        said = all_replies(session, b"EHLO x\r\nSTARTTLS\r\n" + injected)
     else:
-        said = session.receive(b"EHLO x\r\nSTARTTLS\r\n") + session.receive(injected)
+        said = all_replies(session, b"EHLO x\r\nSTARTTLS\r\n") + all_replies(session, injected)
     assert said.endswith(b"220 ready for tls\r\n")
     session.tls_started(b"CIPHER")
-    assert session.receive(b"") == b""
-    assert session.receive(b"RCPT TO:<u@here.example>\r\n") == b"503 MAIL first (#5.5.1)\r\n"
-    assert session.receive(b"MAIL FROM:<>\r\n").startswith(b"530 ")
-    assert grammar.codes(session.receive(b"EHLO x\r\nSTARTTLS\r\n")) == [250, 502]
+    assert all_replies(session, b"") == b""
+    assert all_replies(session, b"RCPT TO:<u@here.example>\r\n") == b"503 MAIL first (#5.5.1)\r\n"
+    assert all_replies(session, b"MAIL FROM:<>\r\n").startswith(b"530 ")
+    assert grammar.codes(all_replies(session, b"EHLO x\r\nSTARTTLS\r\n")) == [250, 502]
 
 
 def test_tls_is_not_offered_under_tls() -> None:
     session, _ = open_session()
-    assert b"STARTTLS" in session.receive(b"EHLO x\r\n")
-    session.receive(b"STARTTLS\r\n")
+    assert b"STARTTLS" in all_replies(session, b"EHLO x\r\n")
+    all_replies(session, b"STARTTLS\r\n")
     session.tls_started(b"CIPHER")
-    assert b"STARTTLS" not in session.receive(b"EHLO x\r\n")
+    assert b"STARTTLS" not in all_replies(session, b"EHLO x\r\n")
 
 
 def test_the_client_certificate_is_asked_for_once_in_a_session() -> None:
@@ -181,10 +181,10 @@ def test_the_client_certificate_is_asked_for_once_in_a_session() -> None:
         return None, b"certificate has expired"
 
     world.certified_client = certified_client  # type: ignore[method-assign]
-    session.receive(b"STARTTLS\r\n")
+    all_replies(session, b"STARTTLS\r\n")
     session.tls_started(b"CIPHER")
     for _ in range(3):
-        said = session.receive(b"MAIL FROM:<>\r\n" + b"RCPT TO:<u@elsewhere.example>\r\n" * 2)
+        said = all_replies(session, b"MAIL FROM:<>\r\n" + b"RCPT TO:<u@elsewhere.example>\r\n" * 2)
         assert [code for code in grammar.codes(said) if code == 553] == [553, 553]
     assert asked == [1]
 
@@ -196,10 +196,10 @@ def test_the_client_certificate_is_asked_for_once_in_a_session() -> None:
 def test_auth_in_clear_under_forcetls_closes_and_no_password_is_looked_at(line: bytes) -> None:
     session, world = open_session(force_tls=True)
     password = base64(b"\0joe\0secret")
-    said = session.receive(line + b" " + password + b"\r\n" + GOOD + b"NOOP\r\n")
+    said = all_replies(session, line + b" " + password + b"\r\n" + GOOD + b"NOOP\r\n")
     assert grammar.codes(said) == [538]
     assert session.state == CLOSED
-    assert session.receive(b"NOOP\r\n") == b""
+    assert all_replies(session, b"NOOP\r\n") == b""
     assert not any(b"secret" in entry or password in entry for entry in world.lines)
 
 
@@ -210,11 +210,11 @@ def test_auth_is_advertised_where_it_can_be_used_and_only_there(
 ) -> None:
     session, _ = open_session(force_tls=force_tls)
     if is_encrypted:
-        session.receive(b"STARTTLS\r\n")
+        all_replies(session, b"STARTTLS\r\n")
         session.tls_started(b"CIPHER")
-    is_advertised = b"AUTH LOGIN PLAIN CRAM-MD5" in session.receive(b"EHLO x\r\n")
+    is_advertised = b"AUTH LOGIN PLAIN CRAM-MD5" in all_replies(session, b"EHLO x\r\n")
     assert is_advertised == (is_encrypted or not force_tls)
-    assert session.receive(GOOD).startswith(b"235 " if is_advertised else b"538 ")
+    assert all_replies(session, GOOD).startswith(b"235 " if is_advertised else b"538 ")
 
 
 @pytest.mark.parametrize("start", b",AUTH PLAIN ,AUTH LOGIN ,AUTH CRAM-MD5 ,NOOP ".split(b","))
@@ -224,8 +224,8 @@ def test_no_secret_is_ever_said_or_logged(start: bytes, then: bytes) -> None:
     session, world = open_session()
     said = b""
     for secret in secrets:
-        said += session.receive(start + secret + b"\r\n" + then + secret + b"\r\n")
-        said += session.receive(base64(b"joe") + b"\r\n" + secret + b"\r\n")
+        said += all_replies(session, start + secret + b"\r\n" + then + secret + b"\r\n")
+        said += all_replies(session, base64(b"joe") + b"\r\n" + secret + b"\r\n")
     logged = [line for line in world.lines if b"user=Tell-Nobody" not in line]
     for text in [said, *logged]:
         assert not any(secret in text for secret in secrets)
@@ -235,9 +235,9 @@ def test_no_secret_is_ever_said_or_logged(start: bytes, then: bytes) -> None:
 def test_an_exchange_that_is_canceled(cancel: bytes) -> None:
     """qmail: a line ends at a NUL."""
     session, _ = open_session()
-    assert session.receive(b"AUTH LOGIN\r\n").startswith(b"334 ")
+    assert all_replies(session, b"AUTH LOGIN\r\n").startswith(b"334 ")
     canceled = b"501 auth exchange canceled (#5.0.0)\r\n"
-    assert session.receive(cancel + b"\r\n") == canceled
+    assert all_replies(session, cancel + b"\r\n") == canceled
 
 
 @pytest.mark.parametrize(
@@ -245,9 +245,9 @@ def test_an_exchange_that_is_canceled(cancel: bytes) -> None:
 )
 def test_mail_needs_authentication_whatever_comes_before(before: bytes) -> None:
     session, _ = open_session(smtpauth=b"!")
-    session.receive(before + b"\r\n")
-    assert session.receive(b"MAIL FROM:<>\r\n").startswith(b"530 ")
-    assert session.receive(b"RCPT TO:<u@here.example>\r\n").startswith(b"503 ")
+    all_replies(session, before + b"\r\n")
+    assert all_replies(session, b"MAIL FROM:<>\r\n").startswith(b"530 ")
+    assert all_replies(session, b"RCPT TO:<u@here.example>\r\n").startswith(b"503 ")
 
 
 # Who sends
@@ -263,10 +263,10 @@ LOGIN = {
 def test_children_learn_who_has_authenticated_and_how(method: bytes) -> None:
     session, world = open_session()
     for before in (b"", LOGIN[method] + b"RSET\r\nEHLO x\r\n", b"STARTTLS\r\n"):
-        session.receive(before)
+        all_replies(session, before)
         if before == b"STARTTLS\r\n":
             session.tls_started(b"CIPHER")
-        session.receive(IN_A_MESSAGE + b".\r\n")
+        all_replies(session, IN_A_MESSAGE + b".\r\n")
     assert world.users == [(None, None), (b"joe", method), (None, None)]
 
 
@@ -286,29 +286,29 @@ FROM_WHOM = {
 def test_a_user_sends_as_nobody_else_where_that_is_asked_for(sender: bytes) -> None:
     session, world = open_session(force_auth_mail_from=True)
     mail = b"MAIL FROM:" + sender + b"\r\n"
-    assert session.receive(mail) == b"250 ok\r\n", "nobody has authenticated"
-    session.receive(b"RSET\r\n" + GOOD)
-    assert grammar.codes(session.receive(mail)) == [FROM_WHOM[sender]]
+    assert all_replies(session, mail) == b"250 ok\r\n", "nobody has authenticated"
+    all_replies(session, b"RSET\r\n" + GOOD)
+    assert grammar.codes(all_replies(session, mail)) == [FROM_WHOM[sender]]
     if FROM_WHOM[sender] == 503:
         assert b'code=503 why="from and auth not the same' in world.lines[-1]
-        assert session.receive(b"RCPT TO:<u@here.example>\r\n").startswith(b"503 MAIL first")
-        assert session.receive(b"MAIL FROM:<joe>\r\n") == b"250 ok\r\n", "and may try again"
-    session.receive(b"RSET\r\nSTARTTLS\r\n")
+        assert all_replies(session, b"RCPT TO:<u@here.example>\r\n").startswith(b"503 MAIL first")
+        assert all_replies(session, b"MAIL FROM:<joe>\r\n") == b"250 ok\r\n", "and may try again"
+    all_replies(session, b"RSET\r\nSTARTTLS\r\n")
     session.tls_started(b"CIPHER")
-    assert session.receive(mail) == b"250 ok\r\n", "nobody has, any more"
+    assert all_replies(session, mail) == b"250 ok\r\n", "nobody has, any more"
 
 
 def test_a_user_may_send_as_anybody_where_nothing_is_asked_for() -> None:
     session, _ = open_session()
-    session.receive(GOOD)
-    assert session.receive(b"MAIL FROM:<ann@here.example>\r\n") == b"250 ok\r\n"
+    all_replies(session, GOOD)
+    assert all_replies(session, b"MAIL FROM:<ann@here.example>\r\n") == b"250 ok\r\n"
 
 
 @pytest.mark.parametrize("hide_host", [False, True])
 def test_where_a_user_is_can_be_left_out_of_received(hide_host: bool) -> None:
     session, world = open_session(hide_host=hide_host)
     message = IN_A_MESSAGE + b".\r\n"
-    session.receive(b"EHLO laptop.home\r\n" + message + GOOD + message)
+    all_replies(session, b"EHLO laptop.home\r\n" + message + GOOD + message)
     stranger, user = (queue.message for queue in world.queues)
     assert stranger.startswith(b"Received: from unknown (HELO laptop.home) (192.0.2.1)\n")
     seen = b"from unknown (HELO laptop.home) (joe@192.0.2.1)"
@@ -327,24 +327,24 @@ def test_a_message_that_is_cut_off_has_no_envelope(
     cut: int, end: Callable[[Session], object]
 ) -> None:
     session, world = open_session()
-    session.receive(IN_A_MESSAGE + LETTER[:cut])
+    all_replies(session, IN_A_MESSAGE + LETTER[:cut])
     end(session)
     assert world.queues[0].envelope == b""
     assert b"result=cut-off" in world.lines[-1]
     assert session.exit_status == 1
-    assert session.receive(b"\n.\r\n") == b""
+    assert all_replies(session, b"\n.\r\n") == b""
 
 
 def test_out_of_descriptors_is_a_temporary_failure_and_the_session_goes_on() -> None:
     session, world = open_session()
     world.open_delivery = lambda identity: None  # type: ignore[method-assign]
-    said = session.receive(IN_A_MESSAGE + b"NOOP\r\n")
+    said = all_replies(session, IN_A_MESSAGE + b"NOOP\r\n")
     assert grammar.replies(said)[2:] == ["451 qqt failure (#4.3.0)", "250 ok"]
 
 
 def test_a_control_file_that_breaks_ends_the_session() -> None:
     session, world = open_session()
-    said = session.receive(b"MAIL FROM:<>\r\nRCPT TO:<u@broken.example>\r\nNOOP\r\n")
+    said = all_replies(session, b"MAIL FROM:<>\r\nRCPT TO:<u@broken.example>\r\nNOOP\r\n")
     assert grammar.replies(said)[1:] == ["421 unable to read controls (#4.3.0)"]
     assert session.state == CLOSED
     assert b"error why=" in world.lines[-1]

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 from conformance import cases
-from conformance.world import NOW, World, base64, cut, open_session
+from conformance.world import NOW, World, all_replies, base64, cut, open_session
 from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,12 +44,13 @@ def watched(smtpauth: bytes | None = b"+cram", force_tls: bool = False):
 def test_a_whole_dialogue() -> None:
     session, _, written = watched()
     session.greet()
-    session.receive(b"EHLO client.example\r\nSTARTTLS\r\n")
+    all_replies(session, b"EHLO client.example\r\nSTARTTLS\r\n")
     session.tls_started(b"TLS_X")
-    session.receive(b"auth login\r\n")
-    session.receive(base64(b"joe") + b"\r\n" + base64(b"secret") + b"\r\n")
-    session.receive(b"MAIL FROM:<a@example.com> AUTH=<>\r\nRCPT TO:<u@here.example>\r\nDATA\r\n")
-    session.receive(b"Subject: x\r\n\r\ntext\r\n.\r\nNOOP\r\nETRN example.com\r\nQUIT\r\n")
+    all_replies(session, b"auth login\r\n")
+    all_replies(session, base64(b"joe") + b"\r\n" + base64(b"secret") + b"\r\n")
+    envelope = b"MAIL FROM:<a@example.com> AUTH=<>\r\nRCPT TO:<u@here.example>\r\n"
+    all_replies(session, envelope + b"DATA\r\n")
+    all_replies(session, b"Subject: x\r\n\r\ntext\r\n.\r\nNOOP\r\nETRN example.com\r\nQUIT\r\n")
     session.connection_lost()
     assert written.lines == [
         ("server", b"220 here.example ESMTP"),
@@ -118,14 +119,14 @@ def test_what_is_shown_of_a_command(line: bytes, shown: bytes) -> None:
 def test_what_comes_behind_an_auth_that_was_refused_is_hidden() -> None:
     """A client that does not wait for the answer says its password as a command."""
     session, _, written = watched(smtpauth=None)
-    session.receive(b"AUTH LOGIN\r\nam9l\r\nsecret\r\nSECRET secret\r\nNOOP\r\n")
+    all_replies(session, b"AUTH LOGIN\r\nam9l\r\nsecret\r\nSECRET secret\r\nNOOP\r\n")
     said = [text for who, text in written.lines if who == "client"]
     assert said == [b"AUTH LOGIN", b"(4 octets)", b"(6 octets)", b"(13 octets)", b"NOOP"]
 
 
 def test_what_opens_another_protocol_is_counted_only() -> None:
     session, _, written = watched()
-    session.receive(b"GET / HTTP/1.1\r\nAuthorization: Basic c2VjcmV0\r\n")
+    all_replies(session, b"GET / HTTP/1.1\r\nAuthorization: Basic c2VjcmV0\r\n")
     assert written.lines == [
         ("note", b"another protocol: (47 octets)"),
         ("server", b"421 this is SMTP, goodbye (#4.5.0)"),
@@ -134,7 +135,7 @@ def test_what_opens_another_protocol_is_counted_only() -> None:
 
 def test_a_message_that_is_cut_off_and_a_silent_client() -> None:
     session, _, written = watched()
-    session.receive(b"MAIL FROM:<>\r\nRCPT TO:<u@here.example>\r\nDATA\r\nsecret\r\n")
+    all_replies(session, b"MAIL FROM:<>\r\nRCPT TO:<u@here.example>\r\nDATA\r\nsecret\r\n")
     session.time_out()
     assert written.lines[-2:] == [
         ("client", b"(a message, 6 octets)"),
@@ -183,7 +184,7 @@ options = st.fixed_dictionaries(
 def converse(session, pieces: list[bytes]) -> bytes:
     said = session.greet()
     for piece in pieces:
-        said += session.receive(piece)
+        said += all_replies(session, piece)
         if session.state == TLS_HANDSHAKE:
             session.tls_started(b"CIPHER")
         if session.state == CLOSED:
@@ -229,7 +230,7 @@ def test_it_is_gone_when_it_is_over() -> None:
     gc.disable()
     try:
         session.greet()
-        session.receive(b"EHLO x\r\nQUIT\r\n")
+        all_replies(session, b"EHLO x\r\nQUIT\r\n")
         session.connection_lost()
         del session
         assert gone() is None

@@ -22,7 +22,7 @@ from conformance import cases, grammar, logs
 from conformance.client import Client
 from conformance.program import Program
 from conformance.stage import Stage
-from conformance.transport import tcp
+from conformance.transport import TRANSPORTS, Transport, tcp
 
 MB = 1 << 20
 ROOM = 8 * MB
@@ -273,6 +273,30 @@ def test_guesses_are_slow_however_they_come(host: Stage) -> None:
             assert time.monotonic() - began < 20
         assert time.monotonic() - began >= 4.8
         program.signal(9)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS)
+def test_what_was_pipelined_is_not_obeyed_for_a_client_that_is_gone(
+    host: Stage, transport: Transport
+) -> None:
+    """Behind what takes time it is looked for."""
+    host.plan("checkpassword", {"exit": 111})
+    with Program(host, transport) as program:
+        client = greeted(program)
+        client.push((PLAIN + b"\r\n") * 19)
+        client.close()
+        assert program.wait() == 1
+    assert len(host.checks()) == 1
+
+
+def test_what_was_pipelined_is_obeyed_for_a_client_that_only_listens(host: Stage) -> None:
+    host.plan("checkpassword", {"exit": 111})
+    with Program(host, tcp) as program:
+        client = greeted(program)
+        client.push((PLAIN + b"\r\n") * 3 + b"QUIT\r\n")
+        client.connection.end_writing()
+        assert grammar.codes(client.read_to_end()) == [454, 454, 454, 221]
+        assert program.wait() == 0
 
 
 def test_challenges_are_random_and_never_the_same(host: Stage) -> None:

@@ -369,6 +369,19 @@ def test_a_log_that_is_the_connection_itself(host: Stage) -> None:
     assert delivery.descriptors[2] == "/dev/null"
 
 
+def test_errors_do_not_fill_the_log(host: Stage) -> None:
+    certificate = host.home / "control" / "servercert.pem"
+    certificate.unlink(missing_ok=True)
+    certificate.symlink_to(certificate.name)
+    with Program(host) as program:
+        client = greeted(program)
+        client.send(b"EHLO x\r\n" * 500 + b"QUIT\r\n")
+        client.read_to_end()
+        assert program.wait() == 0
+    events = [line.event for line in logs.read_all(program.log)]
+    assert events == ["connect", *["error"] * 100, "limit", "disconnect"]
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
 def test_a_connection_that_is_none(host: Stage, closed: str) -> None:
     """No file that is opened takes its number: this one would be read as what the client says."""

@@ -5,12 +5,13 @@ What counts, and what does not, is in test_core_conduct.
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
 from conformance import logs
 from conformance.client import Client
-from conformance.program import Program
+from conformance.program import ROOT, Program
 from conformance.stage import Stage
 from conformance.world import base64
 from listener.listening import Listening
@@ -21,6 +22,18 @@ WRONG = b"AUTH PLAIN " + base64(b"\0eve\0wrong")
 ENVELOPE = [b"MAIL FROM:<a@client.example.com>", b"RCPT TO:<user@example.org>", b"DATA"]
 GREETING = "220 mx.example.org ESMTP"
 CLIENT = {"ip": "192.0.2.25"}
+
+# The program, which looks at a client's pace over timeoutsmtpd, be that ever so short.
+HURRIED = [
+    *(sys.executable, "-I", "-c"),
+    f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from qmail_smtpd_py import smtpd
+smtpd.SHORTEST_WINDOW = 0
+sys.exit(smtpd.main())
+""",
+]
 
 
 def greeted(program: Program) -> Client:
@@ -181,10 +194,22 @@ def test_a_silent_session_has_an_end(host: Stage) -> None:
         ended(program, "session too long, goodbye (#4.4.2)")
 
 
+def test_slow_is_not_too_slow_where_the_timeout_is_short(host: Stage) -> None:
+    """As in the C program each read has its own time."""
+    host.control({"timeoutsmtpd": "1\n"})
+    with Program(host) as program:
+        client = greeted(program)
+        for octet in b"NOOP":
+            client.push(bytes([octet]))
+            client._take(time.monotonic() + 0.8)
+        assert client.command(b"") == "250 ok"
+        assert client.command(b"QUIT") == "221 mx.example.org"
+
+
 @pytest.mark.parametrize("is_message", [False, True])
 def test_a_client_that_trickles(host: Stage, is_message: bool) -> None:
     host.control({"timeoutsmtpd": "1\n", "minrate": "1000\n"})
-    with Program(host) as program:
+    with Program(host, command=HURRIED) as program:
         client = greeted(program)
         if is_message:
             begin_message(client)
@@ -200,7 +225,7 @@ def test_a_client_that_trickles(host: Stage, is_message: bool) -> None:
 def test_who_is_too_slow_gets_the_replies_to_what_was_whole(host: Stage) -> None:
     """Each piece ends a command and begins another; so does the one that was too late."""
     host.control({"timeoutsmtpd": "2\n", "minrate": "1000\n"})
-    with Program(host) as program:
+    with Program(host, command=HURRIED) as program:
         client = greeted(program)
         client.send(b"NOO")
         while not client.received:
@@ -214,7 +239,7 @@ def test_who_is_too_slow_gets_the_replies_to_what_was_whole(host: Stage) -> None
 def test_who_comes_to_an_end_was_not_too_slow(host: Stage) -> None:
     """The last octets may be as late as any, and what is typed in a hurry need not be long."""
     host.control({"timeoutsmtpd": "2\n", "minrate": "1000\n"})
-    with Program(host) as program:
+    with Program(host, command=HURRIED) as program:
         client = greeted(program)
         begin_message(client)
         for piece in (b"Subject: x\r\n", b"\r\n.\r\n"):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 
 SSL = pytest.importorskip("OpenSSL.SSL")
+
+from e2e.certificates import Certificate  # noqa: E402
 
 from qmail_smtpd_py import tls  # noqa: E402
 
@@ -77,6 +80,24 @@ def test_with_a_list_that_is_none_nobody_counts_and_the_log_says_so(home, text):
     assert certified("client-alice.pem") is None
     (warning,) = tls.Context(tls.Policy(ask_client=True)).warnings
     assert warning.startswith("control/clientcrl.pem: ")
+
+
+@pytest.mark.filterwarnings("ignore:Attribute's length")
+def test_a_certificate_that_the_library_has_a_warning_for(home, tmp_path):
+    """What it warns of would go to the log as it is."""
+    authority = Certificate("its own", authority=True)
+    client = Certificate("x" * 100, issuer=authority, email="alice@clients.example")
+    path = tmp_path / "warned.pem"
+    path.write_bytes(client.key_pem + client.pem)
+    (home / "control" / "clientca.pem").write_bytes(authority.pem)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert certified(path) == b"alice@clients.example"
+
+
+def test_with_a_list_that_can_not_be_reached_nobody_counts(home):
+    (home / "control" / "clientcrl.pem").symlink_to("clientcrl.pem")
+    assert certified("client-alice.pem") is None
 
 
 def test_without_a_list_nobody_is_revoked(home):

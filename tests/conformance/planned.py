@@ -121,7 +121,7 @@ class PlannedServer(Server):
 
     def new_challenge(self) -> bytes:
         self._challenges += 1
-        return b"<%d.%d@%s>" % (self._challenges, NOW, self.connection.local)
+        return self._challenge(b"%d" % self._challenges)
 
     def authenticate(self, credentials: Credentials, identity: Identity) -> reply.Reply:
         if not os.access(self._arguments[0], os.X_OK):
@@ -137,10 +137,12 @@ class PlannedServer(Server):
         return reply.AUTHENTICATED if accepted else reply.AUTH_FAILED
 
     def prepare_tls(self) -> reply.Reply | None:
-        self._files.list("tlsserverciphers")
         file = self._case.control.get("servercert.pem")
         what = _SERVER_CERTIFICATES.get(str(file), b"missing certificate")
-        return reply.tls_unavailable(what, b"as planned") if what else None
+        if what:
+            return reply.tls_unavailable(what, b"as planned")
+        self._files.list("tlsserverciphers")
+        return None
 
     def handshake(self, options: dict) -> None:
         """Make a handshake that is complete."""

@@ -40,6 +40,14 @@ class Queue(Delivery):
         self.envelope = b""
 
 
+def all_replies(session: Session, data: bytes) -> bytes:
+    """The replies to what a client sent that waits for all of them."""
+    said = session.receive(data)
+    while session.is_paused:
+        said += session.receive(b"")
+    return said
+
+
 class World(Effects):
     """`queues`, `identities` and `lines` are what qmail-queue was given, as whom, and the log;
     `users` who had authenticated, and how.

@@ -38,8 +38,8 @@ _DAY = datetime.timedelta(days=1)
 class Certificate:
     """A certificate and its key; `issuer` is the Certificate that signed it, or None for itself.
 
-    `name` is its common name, `hosts` are the names that it is good for.  It ends in so many
-    `days`, which may be fewer than 0; with `url` it says where its issuer's certificate can be had,
+    `name` is its common name, however long, `hosts` are the names that it is good for.  It ends in
+    so many `days`, which may be fewer than 0; with `url` it says where its issuer's certificate can be had,
     as those of public authorities do.
     """
 
@@ -112,7 +112,7 @@ class Certificate:
 
 
 def _name(name, email):
-    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, name)]
+    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, name, _validate=False)]
     if email:
         attributes.append(x509.NameAttribute(NameOID.EMAIL_ADDRESS, email))
     return x509.Name(attributes)
