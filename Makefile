@@ -37,7 +37,7 @@ help:
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
-		{ echo '$(PYTHON) is not Python 3.9 or newer: name another by PYTHON=' >&2; exit 1; }
+		{ echo '$(PYTHON) is missing, or older than Python 3.9: name another by PYTHON=' >&2; exit 1; }
 
 venv-module: python
 	@PYTHON=$(PYTHON) setup/packages module:ensurepip=python3-venv
@@ -45,6 +45,7 @@ venv-module: python
 # The virtual environment of this checkout: with what the program needs, and with what tests need.
 .venv/run: setup.cfg pyproject.toml | venv-module
 	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet 'pip >= 21.3'
 	.venv/bin/python -m pip install --quiet --editable .
 	@touch $@
 

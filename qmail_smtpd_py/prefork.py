@@ -438,9 +438,26 @@ def _become_worker(
         set_wakeup_fd(-1)
         for descriptor in parents_own:
             close(descriptor)
+        _be_the_first_to_go()
         work()
         status = 0
     except Exception as error:  # a defect: what it was, without a traceback
         tell(f"fatal: {where(error)}")
     finally:
         _exit(status)
+
+
+def _be_the_first_to_go() -> None:
+    """Where memory runs out for all, have the kernel kill a worker, which is replaced, and not the
+    parent, with which the service would end (proc(5)).
+    """
+    try:
+        descriptor = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+    except OSError:
+        return
+    try:
+        os.write(descriptor, b"200")
+    except OSError:
+        pass  # it is more already
+    finally:
+        close(descriptor)

@@ -71,17 +71,18 @@ class FileTranscript(Transcript):
     ) -> None:
         self._log = log
         self._room = LIMIT
-        self._begin = time.time()
+        self._begin = time.monotonic()
+        now = time.time()
         self._descriptor: int | None = None
         address = bytes(octet if octet in _IN_A_NAME else ord("_") for octet in ip[:45])
-        name = b"%.6f.%d.%s" % (self._begin, os.getpid(), address)
+        name = b"%.6f.%d.%s" % (now, os.getpid(), address)
         self._path = os.path.join(directory, name)
         try:
             self._descriptor = os.open(self._path, _FLAGS, 0o600)
         except OSError as error:
             self._give_up(error)
             return
-        day = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._begin)).encode()
+        day = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)).encode()
         self.write(NOTE, b"%s, %s" % (day, ip))
 
     def write(self, who: str, text: bytes) -> None:
@@ -96,7 +97,7 @@ class FileTranscript(Transcript):
             self._give_up(error)
 
     def _write(self, descriptor: int, who: str, text: bytes) -> None:
-        seconds = time.time() - self._begin
+        seconds = time.monotonic() - self._begin
         line = b"+%.3f %s: %s\n" % (seconds, who.encode(), _printable(text))
         self._room -= len(line)
         while line:

@@ -189,13 +189,25 @@ def _fill(environment: Path) -> Path:
         _run(sys.executable, "-I", "-m", "venv", environment)
         with tempfile.TemporaryDirectory() as directory:
             source = _source(Path(directory))
-            _run(python, "-I", "-m", "pip", "install", "--quiet", source)
+            _install(python, source)
         launchers.mkdir()
         _run(python, "-I", "-X", "no_debug_ranges", "-m", "qmail_smtpd_py.launcher", launchers)
     except BaseException:
         shutil.rmtree(environment, ignore_errors=True)
+        _remove_if_empty(environment.parent)
         raise
     return launchers
+
+
+def _install(python: Path, source: Path) -> None:
+    """Install the package with what it needs; raises Failure."""
+    try:
+        _run(python, "-I", "-m", "pip", "install", "--quiet", source)
+    except Failure as failure:
+        raise Failure(
+            f"{failure}\nIf it is cryptography that was to be built: there is none ready-made for"
+            " this machine, and building it needs Rust and the headers of OpenSSL and Python."
+        ) from None
 
 
 def _source(directory: Path) -> Path:

@@ -14,7 +14,12 @@ from e2e.service import NAME
 
 pytest_plugins = ["e2e.fixtures"]
 
-PKEY = {"RSA-2048": b"rsaEncryption", "ECDSA-P256": b"id-ecPublicKey", "Ed25519": b"ED25519"}
+PKEY = {
+    "RSA-2048": (b"rsaEncryption", b"RSA"),
+    "ECDSA-P256": (b"id-ecPublicKey", b"EC"),
+    "Ed25519": (b"ED25519",),
+}
+"""What versions of OpenSSL call them."""
 EMAIL = "gateway@branch.example"
 STRANGER = "someone@elsewhere.example"
 
@@ -51,8 +56,8 @@ def test_key_type_and_order(start, home, trusted, letter, certificate, order):
         client.reply()
         assert client.say("QUIT") == f"221 {NAME}"
         client.end()
-    assert re.findall(rb"^ *a:PKEY: ([\w-]+)", client.printed, re.MULTILINE)[0] == PKEY[key_type]
-    sent = re.findall(rb"^ *\d s:CN = (.*?)\r?$", client.printed, re.MULTILINE)
+    assert re.findall(rb"^ *a:PKEY: ([\w-]+)", client.printed, re.MULTILINE)[0] in PKEY[key_type]
+    sent = re.findall(rb"^ *\d s:CN ?= ?(.*?)\r?$", client.printed, re.MULTILINE)
     assert sent == [NAME.encode(), b"Test Intermediate"]
     sent = msmtp(service, letter, "--tls=on", f"--tls-trust-file={trusted}")
     assert sent.status == 0, sent.output

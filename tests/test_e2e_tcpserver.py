@@ -86,14 +86,21 @@ def test_concurrency_limit(start):
     assert running[:4] == ["connect", "connect", "disconnect", "connect"]
 
 
+def numbered(count):
+    """What smtp-source calls so many recipients: older versions and newer ones."""
+    local_part, _, domain = RECIPIENT.partition("@")
+    older = (f"{number}{RECIPIENT}" for number in range(1, count + 1))
+    newer = (f"{local_part}{number}@{domain}" for number in range(count))
+    return sorted(older), sorted(newer)
+
+
 def test_many_at_once_are_each_queued_once(start):
     """Postfix's smtp-source: 300 messages, 20 sessions at a time, where 8 may run."""
     service = start(concurrency=8)
     ended = smtp_source(service, "-s", 20, "-m", 300, "-l", 2000, "-N")
     assert (ended.status, ended.output) == (0, "")
     found = deliveries(service.home.maildir)
-    wanted = sorted(f"{number}{RECIPIENT}" for number in range(1, 301))
-    assert sorted(message.recipients[0] for message in found) == wanted
+    assert sorted(message.recipients[0] for message in found) in numbered(300)
     assert {message.sender for message in found} == {SENDER}
     mails = service.events("mail", sessions=300)
     assert {mail["result"] for mail in mails} == {"accepted"}
@@ -109,7 +116,7 @@ def test_many_messages_in_one_session(start):
     ended = smtp_source(service, "-d", "-s", 2, "-m", 40, "-N")
     assert (ended.status, ended.output) == (0, "")
     found = sorted(message.recipients[0] for message in deliveries(service.home.maildir))
-    assert found == sorted(f"{number}{RECIPIENT}" for number in range(1, 41))
+    assert found in numbered(40)
     assert len(service.events("connect", sessions=2)) == 2
 
 

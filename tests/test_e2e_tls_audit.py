@@ -18,7 +18,7 @@ from e2e.service import ADDRESS, NAME
 pytest_plugins = ["e2e.fixtures"]
 
 CHECKS = ["--protocols", "--std", "--renegotiation", "--compression"]
-ALL_CHECKS = ["--protocols", "--std", "--pfs", "--vulnerable"]
+ALL_CHECKS = ["--protocols", "--std", "--fs", "--vulnerable"]
 HARMLESS = ("OK", "INFO", "DEBUG")
 NOT_OFFERED = ("SSLv2", "SSLv3", "TLS1", "TLS1_1")
 NO_CIPHERS = ("NULL", "aNULL", "EXPORT", "LOW", "3DES_IDEA", "AVERAGE")

@@ -48,6 +48,21 @@ def served_by(listener: Listening) -> int:
 # How long a worker lives
 
 
+def test_where_memory_runs_out_it_is_a_worker_that_goes(mx: Stage) -> None:
+    """It is replaced; with the parent the service would end."""
+    with Listening(mx) as listener:
+        eventually(lambda: listener.workers, "there are workers")
+        quit_(listener.greeted())
+        score = {
+            pid: int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+            for pid in (listener.pid, *listener.workers)
+        }
+        parents_own = score.pop(listener.pid)
+        assert set(score.values()) == {max(200, parents_own)}
+        assert parents_own == int(Path("/proc/self/oom_score_adj").read_text())
+
+
+
 def test_a_worker_ends_after_its_last_connection(mx: Stage) -> None:
     with Listening(mx, "-c", "1", "--max-use=3") as listener:
         workers = [served_by(listener) for _ in range(7)]

@@ -100,7 +100,7 @@ def test_what_it_says_to_type_sends_a_message(checkout: Path) -> None:
     need("make", "openssl", "swaks")
     with Running(checkout) as running:
         wait_for_port(running.port)
-        python = running.command("python3 ").replace("python3", sys.executable, 1)
+        python = running.command("python3 ").replace("python3", INTERPRETER, 1)
         for command in (running.command("swaks "), python):
             subprocess.run(
                 as_mail_user("sh", "-c", command), cwd=checkout, env=environ(checkout), check=True

@@ -162,10 +162,13 @@ def _read_record(directory: Path) -> Record:
 
 
 def install_recorder(directory: Path) -> Path:
-    """A copy of the stand-in that this very Python runs, so that it starts fast."""
+    """A copy of the stand-in that this very Python runs, so that it starts fast: the interpreter
+    itself, as the mail user may not reach the environment of this checkout.
+    """
+    interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     _, _, program = (HERE / "recorder").read_text().partition("\n")
     path = directory / "recorder"
-    path.write_text(f"#!{sys.executable} -IS\n{program}")
+    path.write_text(f"#!{interpreter} -IS\n{program}")
     path.chmod(0o755)
     return path
 

@@ -39,8 +39,8 @@ class Certificate:
     """A certificate and its key; `issuer` is the Certificate that signed it, or None for itself.
 
     `name` is its common name, however long, `hosts` are the names that it is good for.  It ends in
-    so many `days`, which may be fewer than 0; with `url` it says where its issuer's certificate can be had,
-    as those of public authorities do.
+    so many `days`, which may be fewer than 0; with `url` it says where its issuer's certificate can
+    be had, as those of public authorities do.
     """
 
     def __init__(

@@ -67,8 +67,9 @@ class Tcpserver:
                 os.killpg(self.pid, number)
             except ProcessLookupError:
                 break
-            self.log.wait_for_end(PATIENCE)
+            has_ended = self.log.wait_for_end(PATIENCE)
         self._process.wait(PATIENCE)
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream:
-                stream.close()
+        assert self._process.stdout and self._process.stderr
+        self._process.stdout.close()
+        if has_ended:  # if not, its reader has it, and to close it is to wait for that
+            self._process.stderr.close()
