@@ -58,6 +58,7 @@ _SOFTLIMITS = {
 
 _NO_LIMIT = 2**63 - 1
 _LARGEST_ID = 2**32 - 2
+_LARGEST_PORT = 65535
 _MOST_DIGITS = 25
 
 PORTS = {"smtp": 25, "submission": 587, "smtps": 465, "submissions": 465, "ssmtp": 465, "urd": 465}
@@ -95,7 +96,8 @@ class Chain:
     `uid` and `gid` are None where nobody says; `limits` are in octets or a number.  `server` is
     what listens, with its `server_flags`; `wrappers` are programs that change nothing that is kept
     here.  `program` is the qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`,
-    the check program's; `program_uid` is whose it is when it starts, None where nobody says.
+    the check program's; `program_uid` is whose it is when it starts, None where nobody says, and
+    `program_search` the PATH by then.
     `programs` are the others: each as it is named, the directory, and where PATH has it looked for;
     `files` are what the listener makes as it starts, by option.  `script` is that of a shell in the
     chain.
@@ -122,6 +124,7 @@ class Chain:
         self.logs_by_itself = False
         self.program: str | None = None
         self.program_uid: int | None = None
+        self.program_search = os.defpath
         self.programs: list[tuple[str, str, str | None]] = []
         self.files: dict[str, str] = {}
         self.script: str | None = None
@@ -165,6 +168,7 @@ class Chain:
             self.programs.append((words[0], self.directory, environ.get("PATH")))
         if name == SMTPD:
             self.program, self.arguments, self.program_uid = words[0], rest, self.uid
+            self.program_search = environ.get("PATH", os.defpath)
         elif _is_shell(words):
             self.script, rest = rest[1], []
         elif name in SERVERS:
@@ -191,7 +195,8 @@ class Chain:
         """The chain from qmail-smtpd on, behind a program that is not known."""
         known = (SMTPD, *SERVERS)
         for at, word in enumerate(words):
-            if os.path.basename(word) in known or _is_shell(words[at:]):
+            is_one_word = not any(map(str.isspace, word))
+            if (is_one_word and os.path.basename(word) in known) or _is_shell(words[at:]):
                 self.has_gap = True
                 if not told:
                     self._note(f"what `{words[0]}` changes for qmail-smtpd is not counted")
@@ -231,9 +236,10 @@ class Chain:
     def _serve(self, name: str, words: list[str], environ: dict[str, str]) -> list[str]:
         """A program that listens: its options, host and port; the words of what it starts."""
         short, long = SERVERS[name]
-        self.server = name
+        self.server, starter = name, self.uid
         if name == LISTENER:
             self.program, self.program_uid = words[0], self.uid
+            self.program_search = environ.get("PATH", os.defpath)
         flags, rest = getopt.getopt(words[1:], short, list(long))
         self.server_flags = {flag for flag, _ in flags}
         for flag, value in flags:
@@ -243,14 +249,14 @@ class Chain:
         self.logs_by_itself = {"--daemon", "--log-file"} <= self.server_flags
         if not self.helper:
             self.host, port = (*rest[:2], "", "")[:2]
-            self._find_port(name, port)
+            self._find_port(name, port, starter)
             rest = rest[2:]
         if name == LISTENER:
             self.arguments = rest
         return rest
 
-    def _find_port(self, server: str, port: str) -> None:
-        """The port that a server names."""
+    def _find_port(self, server: str, port: str, uid: int | None) -> None:
+        """The port that a server names, which is started by `uid`, or by nobody knows whom."""
         self.port = PORTS.get(port, number_in(port))
         if self.port is None and port and is_known(port):
             try:
@@ -260,6 +266,12 @@ class Chain:
                 self.troubles.append((what, "name another, or say its number"))
         elif self.port is None:
             self._note(f"port {port or '(none)'} is not known")
+        elif self.port > _LARGEST_PORT:
+            what = f"{server} does not listen there: there is no port {port}"
+            self.troubles.append((what, "name another"))
+        elif uid and self.port < _first_free_port():
+            what = f"{server} does not start: uid {uid} may not listen on port {self.port}"
+            self.troubles.append((what, f"start it as root, and give {server} -u and -g"))
 
     def _try_options(self, words: list[str], rest: list[str]) -> None:
         """Have the listener's own code read its options and what stands behind them."""
@@ -283,8 +295,8 @@ class Chain:
         elif flag == "-U":
             self.uid = self._id("-u", environ.get("UID", "$UID"))
             self.gid = self._id("-g", environ.get("GID", "$GID"))
-        elif flag == "-c":
-            self.concurrency = number_in(value) or self.concurrency
+        elif flag == "-c" and is_known(value):
+            self._limit_connections(value)
         elif flag == "-l":
             self.local_host = value
         elif flag == "-x":
@@ -295,6 +307,15 @@ class Chain:
             if flag == "--helper":
                 self.helper = value
             self.files[flag] = os.path.normpath(os.path.join(self.directory, value))
+
+    def _limit_connections(self, value: str) -> None:
+        """-c of a server; to those that are not ours it is the number that it begins with, or 0."""
+        value = value.strip() if self.server == LISTENER else value
+        digits = value[: len(value) - len(value.lstrip("0123456789"))]
+        self.concurrency = number_in(digits) or 0
+        if not self.concurrency and self.server != LISTENER:
+            what = f"-c {value!r}: {self.server} serves no connection"
+            self.troubles.append((what, "name a number, such as -c 100"))
 
     def _id(self, flag: str, value: str) -> int | None:
         number = number_in(value)
@@ -311,9 +332,20 @@ class Chain:
         return not (self.host == "localhost" or self.host.startswith("127.") or self.host == "::1")
 
 
+def _first_free_port() -> int:
+    """The first port that is not root's alone (ip(7))."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_unprivileged_port_start", encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 1024
+
+
 def _is_shell(words: list[str]) -> bool:
-    """Whether these words are a shell with a script: `sh -c '...'`."""
-    return os.path.basename(words[0]) in _SHELLS and words[1:2] == ["-c"] and len(words) > 2
+    """Whether these words are a shell with a script: `sh -c '...'`, `sh -ec '...'`."""
+    if os.path.basename(words[0]) not in _SHELLS or len(words) < 3:
+        return False
+    return words[1].startswith("-") and words[1].endswith("c") and words[1][1:].isalpha()
 
 
 def _env(words: list[str], environ: dict[str, str]) -> list[str]:

@@ -14,7 +14,15 @@ import pwd
 import sys
 from typing import NoReturn
 
-from . import check_auth, check_limits, check_queue, check_relay, check_session, check_start
+from . import (
+    check_auth,
+    check_limits,
+    check_queue,
+    check_relay,
+    check_service,
+    check_session,
+    check_start,
+)
 from .chain import LISTENER, Chain, is_known, read_envdir
 from .findings import Report
 from .log import where
@@ -61,6 +69,8 @@ class Service:
                 self.run = RunFile(script, os.path.dirname(os.path.abspath(path)))
                 self.chain, variables = self.run.chain, self.run.environ
                 self._tell_of_run_file(self.run)
+                if os.path.basename(path) == "run":
+                    check_service.examine(path, self.run, self._report)
         except OSError as error:
             raise Misuse(f"cannot read {path}: {error.strerror}") from None
         self.environ = {os.fsencode(k): os.fsencode(v) for k, v in variables.items()}
@@ -81,7 +91,10 @@ class Service:
             tell = report.error if is_ours else report.warning
             shown = f"{name}={value!r}" if is_ours else name  # of others it may be a secret
             what = f"line {line} sets {shown} without export: qmail-smtpd does not get it"
-            tell("not-exported", what, f"export {name}")
+            remedy = f"export {name}"
+            if name == "RELAYCLIENT":  # exported, it would let everybody relay
+                remedy = "take it out, and set it in the rules, for your own addresses only"
+            tell("not-exported", what, remedy)
         if not run.chain.program:
             what = "no qmail-smtpd was found in the run file: its environment may be incomplete"
             report.warning("no-program", what, "see what was not understood; check by hand")
@@ -114,7 +127,10 @@ class Service:
             report.warning("not-that-user", what, remedy, "what it can read may be something else")
         elif is_told:
             return
-        elif uid == 0 and not was_given and self.run and self.chain.uid is None:
+        elif uid == 0 and not was_given and self.run and self.chain.uid == 0:
+            what = "the service runs as root, as the run file says"
+            report.warning("root", what, "-u and -g of tcpserver: qmaild and nofiles")
+        elif uid == 0 and not was_given and self.run:
             if (self.run.notes or self.chain.has_gap) and self.chain.server:
                 report.warning(
                     "no-user", "whose rights the service has is not known", "--user NAME"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from .cdb import CdbError, find
 from .check_auth import examine_variables
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from .findings import Report
     from .subject import Subject
+
+_DOMAIN = re.compile(rb"[\w.:\[\]-]+", re.ASCII)
+_SENDER = re.compile(rb"[^\s*]*@[\w.:\[\]-]*", re.ASCII)
 
 _HEADER = 2048  # octets before the first record (cdb(5))
 _SHOWN = 6
@@ -56,10 +60,28 @@ def _examine_lists(subject: Subject, report: Report) -> None:
     domains = files.list("rcpthosts")
     if domains is not None:
         report.fact("rcpthosts", _some(domains), domains=len(domains))
+        _examine_entries("rcpthosts", domains, _DOMAIN, "a domain a line, and nothing else", report)
     _examine_more(subject, report)
     senders = files.list("badmailfrom")
     if senders:
         report.fact("badmailfrom", _some(senders), senders=len(senders))
+        wanted = "an address, or @ and a domain, a line"
+        _examine_entries("badmailfrom", senders, _SENDER, wanted, report)
+
+
+def _examine_entries(
+    name: str, entries: list[bytes], pattern: re.Pattern[bytes], wanted: str, report: Report
+) -> None:
+    """Tell of entries that can not match any address, as they are not what an entry is."""
+    odd = [entry for entry in entries if not pattern.fullmatch(entry)]
+    if not odd:
+        return
+    more = f", and {len(odd) - 1} more" if len(odd) > 1 else ""
+    what = f"control/{name}: {os.fsdecode(odd[0])!a}{more} can not match: {wanted}"
+    remedy = f"mend control/{name}"
+    if any(entry.endswith(b"\r") for entry in odd):
+        remedy = f"take the carriage returns off: sed -i 's/\\r$//' control/{name}"
+    report.warning("control-entry", what, remedy)
 
 
 def _some(entries: list[bytes]) -> str:

@@ -55,9 +55,14 @@ def _examine_other(name: str, directory: str, search: str | None, report: Report
 def _examine_program(chain: Chain, started: str, smtpd: str, report: Report) -> None:
     """See that what the run file starts is the program that is checked."""
     neighbour = os.path.join(os.path.dirname(smtpd), os.path.basename(started))
-    path = os.path.join(chain.directory, started)
-    there = os.path.realpath(path) if "/" in started else started
-    trouble, remedy = program_trouble(path) if "/" in started else ("", "")
+    if "/" in started:
+        path = os.path.join(chain.directory, started)
+        trouble, remedy = program_trouble(path)
+    else:
+        path = shutil.which(started, path=f"{chain.program_search}:{_OF_SVSCAN}") or ""
+        trouble = "" if path else f"there is none in {chain.program_search}"
+        remedy = "name it with its whole path"
+    there = os.path.realpath(path)
     if trouble:
         what = f"the run file starts {started}, and {trouble}"
         report.error("run-file", what, f"{remedy}; what was checked is {neighbour}")

@@ -408,6 +408,14 @@ def _drop_privileges(options: Options) -> None:
         raise StartError(f"cannot become {who}: {error.strerror}") from None
 
 
+def _print_port(port: int) -> None:
+    """Tell the port on descriptor 1, if anybody is there to be told."""
+    try:
+        os.write(1, b"%d\n" % port)
+    except OSError:
+        pass
+
+
 _LOG = log.Log()
 
 
@@ -429,7 +437,7 @@ def main() -> int:
         listener = Listener(options)
         if not listener.is_successor:  # of one that has done all this
             if options.print_port:
-                print(listener.port, flush=True)
+                _print_port(listener.port)
             if options.daemon:
                 background.detach(options, listener.descriptor)
             _drop_privileges(options)

@@ -32,6 +32,14 @@ LONG = (
 
 
 _FILES = frozenset(("-x", "--helper", "--pid-file", "--log-file"))
+_NO_CHECK_PROGRAMS = (
+    *("qmail-smtpd", NAME, "tcpserver"),
+    *("fixcrio", "greetdelay", "recordio", "rblsmtpd"),
+)
+"""What stands behind tcpserver, and not behind us: taken for the check program, it would make every
+password wrong.
+"""
+
 _LARGEST, _DIGITS = 2**32 - 1, 10  # what ids can be; other numbers are smaller
 _MOST_PROCESSES = 2**22  # proc(5), pid_max
 
@@ -80,7 +88,7 @@ class Options:
             rules, optional = None, False
             for flag, value in flags:
                 if flag == "-x":
-                    rules = value
+                    rules = _path(value)
                 elif flag == "-X":
                     optional = True
                 else:
@@ -92,7 +100,7 @@ class Options:
         self.has_relative_names = any(
             flag in _FILES and not os.path.isabs(name) for flag, name in flags
         )
-        self.rules = Rules(os.path.abspath(rules), optional) if rules is not None else None
+        self.rules = Rules(rules, optional) if rules is not None else None
         if self.wants_help:
             return
         if self.helper and (rest or self.print_port or self.rules or self.proxies):
@@ -105,6 +113,9 @@ class Options:
             self.host, self.port, *self.arguments = rest
             if not self.port:
                 raise UsageError("the port is empty")
+            if os.path.basename(self.arguments[0] if self.arguments else "") in _NO_CHECK_PROGRAMS:
+                what = f"{self.arguments[0]} is no check program"
+                raise UsageError(f"{what}: take it off, the check program comes first here")
 
     def _take(self, flag: str, value: str) -> None:
         """Heed one option; raises ValueError where its value is not valid."""
@@ -128,10 +139,14 @@ class Options:
 def _path(text: str) -> str:
     if not text:
         raise ValueError("the name of a file is missing")
-    return os.path.abspath(text)
+    try:
+        return os.path.abspath(text)
+    except OSError as error:  # the current directory is there no more
+        raise ValueError(f"relative, and the current directory is gone: {error.strerror}") from None
 
 
 def _number(text: str) -> int:
+    text = text.strip()  # of a file that has more than the number in its line
     if not text:
         raise ValueError("empty, not a number")
     if not (text.isascii() and text.isdigit()):

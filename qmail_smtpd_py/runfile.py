@@ -54,7 +54,8 @@ class RunFile:
     `environ` is what it exports, `chain` the programs that it ends in.  `unexported` are variables
     that are set and not exported, with their line, their value, and whether the script uses them;
     `notes` what was not understood; `missing_users` whom `id` would not find; `has_joined_log`
-    whether descriptor 2 goes to the log (`2>&1`); `made_directories` those that the script makes.
+    whether descriptor 2 goes to the log (`2>&1`); `made_directories` those that the script makes;
+    `replaces_shell` whether what it ends in does (`exec`), or has a shell or a pipe around it.
     """
 
     def __init__(self, script: str, directory: str) -> None:
@@ -64,6 +65,7 @@ class RunFile:
         self.unexported: list[tuple[int, str, str, bool]] = []
         self.missing_users: list[str] = []
         self.has_joined_log = False
+        self.replaces_shell = False
         self.made_directories: set[str] = set()
         self._named: set[str] = set()
         self._sets_anything = False
@@ -72,7 +74,7 @@ class RunFile:
         self._exports_all = False
         self._line = 0
         self._is_over = False
-        self._read(script, "the script")
+        self._read(script.replace("\0", ""), "the script")  # sh passes over them
         for name, line in self._set_at.items():
             if name not in self.environ:
                 is_used = bool(re.search(rf"\$\{{?{name}\b", script))
@@ -222,8 +224,9 @@ class RunFile:
 
     def _join(self, command: Command) -> None:
         """Heed where `exec 2>&1`, or the last command, sends descriptor 2."""
-        if any(target.startswith(("2>", "&>", ">&")) for target in command.redirections):
-            self.has_joined_log = True
+        for target in command.redirections:
+            if target.startswith(("2>", "&>", ">&")):
+                self.has_joined_log = not target.endswith("/dev/null")
 
     def _start(
         self, command: Command, assigned: Mapping[str, str | None], words: Sequence[Word]
@@ -237,6 +240,7 @@ class RunFile:
         environ = {**self.environ, **{k: v for k, v in assigned.items() if v is not None}}
         if self.chain.follow(texts, environ):
             self.environ = environ
+            self.replaces_shell = replaces_shell or command.after in ("|", "|&", "&")
             self._join(command)
             self._is_over = True
         elif self.chain.script is not None:

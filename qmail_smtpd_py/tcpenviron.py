@@ -34,7 +34,7 @@ class LookUps:
         self.ident = True
         self.ident_seconds = 26.0
         self.local_host: bytes | None = None
-        self._local_names: dict[str, bytes | None] = {}
+        self._local_names: dict[str, bytes] = {}
 
     def remote_host(self, ip: str) -> bytes | None:
         """The client's name in DNS, or None."""
@@ -44,12 +44,15 @@ class LookUps:
         return name
 
     def local_name(self, ip: str) -> bytes | None:
-        """The server's own name: that of -l, or what DNS says, asked once for each address."""
+        """The server's own name: that of -l, or what DNS says, asked until it has one for the
+        address: none may mean that DNS is out of order for a moment.
+        """
         if self.local_host is not None:
             return self.local_host
-        if ip not in self._local_names:
-            self._local_names[ip] = _name_of(ip)
-        return self._local_names[ip]
+        name = self._local_names.get(ip) or _name_of(ip)
+        if name is not None:
+            self._local_names[ip] = name
+        return name
 
     def remote_info(self, ends: Addresses) -> bytes | None:
         """The client's ident answer, or None."""

@@ -239,7 +239,8 @@ def load(path: str) -> UsersFile:
         remedy = "qmail-smtpd-users set USER makes it"
         raise Absent(f"there is no {path!a} (uid {os.geteuid()})", remedy) from None
     except PermissionError:
-        remedy = f"chgrp a group of that uid to it, and chmod 640 {os.path.abspath(path)!a}"
+        name = f"{os.path.abspath(path)!a}"
+        remedy = f"chgrp {os.getegid()} {name}; chmod 640 {name}"
         raise Trouble(f"uid {os.geteuid()} may not read {path!a}", remedy) from None
     except OSError as error:
         raise Trouble(f"cannot read {path!a} (uid {os.geteuid()}): {error.strerror}") from None

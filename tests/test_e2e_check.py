@@ -109,8 +109,7 @@ def test_run_files_that_are_shipped(checked, passwords, name):
     ):
         assert old in text or old in ("/etc/tcp.", "/var/qmail"), old
         text = text.replace(old, new)
-    (home.path / "run").write_text(text)
-    found = checked.find("--env-from", home.path / "run")
+    found = checked.find("--env-from", checked.write_run(text))
     assert (found.status, found.codes, found.report["notes"]) == (FINE, [], [])
 
 
@@ -276,12 +275,18 @@ def test_limits_are_told(checked):
 # The run file
 
 
-@pytest.mark.parametrize("line", ["SMTPAUTH=!", "FORCETLS=0", "RELAYCLIENT=''"])
+@pytest.mark.parametrize("line", ["SMTPAUTH=!", "FORCETLS=0"])
 def test_not_exported(checked, line):
     problem = checked.find(script=line).only("not-exported", "error")
     name, _, value = line.partition("=")
     assert problem["what"].startswith(f"line 3 sets {name}={value.strip(chr(39))!r} without export")
     assert problem["remedy"] == f"export {name}"
+
+
+def test_relayclient_is_not_to_be_exported(checked):
+    """That would be an open relay."""
+    problem = checked.find(script="RELAYCLIENT=''").only("not-exported", "error")
+    assert problem["remedy"].startswith("take it out")
 
 
 def test_not_exported_on_a_port_for_users(checked, passwords):
@@ -331,8 +336,8 @@ def test_what_was_not_understood_is_said(checked):
 
 
 def test_no_qmail_smtpd_in_it(checked):
-    run = checked.home.path / "run"
-    run.write_text(f"#!/bin/sh\nexport QMAILHOME={checked.home.path}\nexec tcpserver 0 25 date\n")
+    script = f"#!/bin/sh\nexport QMAILHOME={checked.home.path}\nexec tcpserver 0 25 date\n"
+    run = checked.write_run(script)
     found = checked.find("--env-from", run, "--user", mail_user().pw_name)
     found.only("no-program", "warning")
 
@@ -340,6 +345,81 @@ def test_no_qmail_smtpd_in_it(checked):
 def test_no_such_user_in_it(checked):
     found = checked.find(script='ID=$(id -u no.such.user)\necho "$ID"')
     assert "no.such.user" in found.only("no-such-user", "error")["what"]
+
+
+def test_run_file_that_can_not_be_started(checked):
+    run = checked.run_file()
+    text = run.read_text()
+    run.chmod(0o644)
+    problem = checked.find("--env-from", run).only("run-file", "error")
+    assert "supervise does not start it" in problem["what"]
+    assert problem["remedy"] == f"chmod a+rx {run}"
+    for broken, why in (
+        (text.replace("\n", "\r\n", 1), "names '/bin/sh\\r' as interpreter"),
+        (text.partition("\n")[2], "begins neither with #!"),
+    ):
+        found = checked.find("--env-from", checked.write_run(broken))
+        assert why in found.problem("run-file")["what"]
+
+
+def test_last_command_without_exec(checked):
+    run = checked.run_file()
+    run.write_text(run.read_text().replace("exec softlimit", "softlimit"))
+    checked.find("--env-from", run).only("no-exec", "warning")
+    run.write_text(run.read_text().replace("2>&1", "2>&1 | splogger smtpd"))
+    assert checked.find("--env-from", run).codes == []
+
+
+def test_service_that_is_down(checked):
+    (checked.home.path / "down").touch()
+    checked.find().only("down", "warning")
+
+
+@as_root
+def test_log_that_can_not_be_written(checked):
+    """With it tcpserver stands still."""
+    home, user = checked.home.path, mail_user()
+    (home / "log").mkdir()
+    run = home / "log" / "run"
+    run.write_text(f"#!/bin/sh\nexec setuidgid {user.pw_name} multilog t s100000 {home}/logged\n")
+    run.chmod(0o755)
+    problem = checked.find().only("log-directory", "error")
+    assert problem["remedy"] == f"mkdir -p {home}/logged; chown {user.pw_name} {home}/logged"
+    (home / "logged").mkdir(0o755)
+    problem = checked.find().only("log-directory", "error")
+    assert f"{user.pw_name} can not write there" in problem["what"]
+    os.chown(home / "logged", user.pw_uid, -1)
+    assert checked.find().codes == []
+    run.write_text(run.read_text().replace(user.pw_name, "no.such.user"))
+    assert "there is no user no.such.user" in checked.find().problem("log-directory")["what"]
+    run.chmod(0o644)
+    assert f"{run} is not executable" in checked.find().problem("run-file")["what"]
+
+
+@as_root
+@pytest.mark.parametrize("before", ["setuidgid", ""])
+def test_port_of_root_s(checked, before):
+    run = checked.run_file()
+    if before:
+        named = f"setuidgid {mail_user().pw_name} softlimit"
+        run.write_text(run.read_text().replace("softlimit", named))
+        problem = checked.find("--env-from", run).only("run-file", "error")
+        assert problem["what"].endswith("may not listen on port 25")
+    else:
+        assert checked.find("--env-from", run).codes == []
+
+
+def test_port_that_is_none(checked):
+    problem = checked.find(port=70000).problem("run-file")
+    assert problem["what"] == "tcpserver does not listen there: there is no port 70000"
+
+
+@pytest.mark.parametrize("number", ["0", "''", "x20"])
+def test_limit_that_lets_nobody_in(checked, number):
+    run = checked.run_file()
+    run.write_text(run.read_text().replace("tcpserver", f"tcpserver -c {number}"))
+    problem = checked.find("--env-from", run).only("run-file", "error")
+    assert problem["what"].endswith("tcpserver serves no connection")
 
 
 def test_another_program_in_it(checked):
@@ -392,11 +472,8 @@ def test_program_that_only_root_can_reach(checked):
 
 def write_run_file(checked, last, before=""):
     """A run file with this last command; its path."""
-    run = checked.home.path / "run"
-    run.write_text(
-        f"#!/bin/sh\nexport QMAILHOME={checked.home.path}\n{before}\nexec {last} 2>&1\n"
-    )
-    return run
+    home = checked.home.path
+    return checked.write_run(f"#!/bin/sh\nexport QMAILHOME={home}\n{before}\nexec {last} 2>&1\n")
 
 
 @as_root
@@ -479,6 +556,14 @@ def test_command_line_of_a_listener(checked, words, why):
     assert "qmail-smtpd-listen(8)" in problem["remedy"]
 
 
+@pytest.mark.parametrize("name", ["/var/qmail/bin/qmail-smtpd", "rblsmtpd"])
+def test_what_stood_behind_tcpserver(checked, name):
+    """Every password would be wrong."""
+    run = write_listener(checked, f"0 25 {name} checkpassword true")
+    problem = checked.find("--env-from", run).problem("run-file")
+    assert f"{name} is no check program: take it off" in problem["what"]
+
+
 def test_option_that_a_listener_does_not_have(checked):
     found = checked.find("--env-from", write_listener(checked, "-Z 0 25"))
     problem = found.problem("run-file")
@@ -520,7 +605,8 @@ def test_directory_that_the_listener_can_not_write(checked, option):
     directory.mkdir()
     run = write_listener(checked, option.format(directory))
     assert checked.find("--env-from", run).codes == []
-    run.write_text(run.read_text().replace("exec ", f"exec setuidgid {mail_user().pw_name} "))
+    as_user = f"exec setuidgid {mail_user().pw_name} "
+    run.write_text(run.read_text().replace("exec ", as_user).replace(" 0 25", " 0 2525"))
     problem = checked.find("--env-from", run).only("run-file", "error")
     uid = mail_user().pw_uid
     assert problem["what"].endswith(f"{directory} is not writable for uid {uid}")
@@ -535,9 +621,11 @@ def test_directory_that_the_listener_can_not_write(checked, option):
 @as_root
 def test_service_as_root(checked):
     command = f"tcpserver 0 25 {checked.home.programs}/qmail-smtpd 2>&1"
-    run = checked.home.path / "run"
-    run.write_text(f"#!/bin/sh\nexport QMAILHOME={checked.home.path}\nexec {command}\n")
+    run = checked.write_run(f"#!/bin/sh\nexport QMAILHOME={checked.home.path}\nexec {command}\n")
     checked.find("--env-from", run).only("root", "warning")
+    run.write_text(run.read_text().replace("exec tcpserver", "exec tcpserver -u 0 -g 0"))
+    checked.find("--env-from", run).only("root", "warning")
+    run.write_text(run.read_text().replace("-u 0 -g 0 ", ""))
     run.write_text(run.read_text().replace("tcpserver 0", "tcpserver -u 65534 0"))
     assert "root-group" in checked.find("--env-from", run).codes
 
@@ -677,6 +765,31 @@ def test_users_file(checked, passwords):
 
 
 # Relaying
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        (
+            "rcpthosts",
+            ["example.org", ".example.org", "[192.0.2.1]", "example.net:26"],
+            ["example.org\r", " example.org", "a.example b.example", "*.example.org", "u@a.com"],
+        ),
+        (
+            "badmailfrom",
+            ["user@example.com", "@example.com", '"a_b"@example.com'],
+            ["example.com", "*@example.com", "user@example.com # spam"],
+        ),
+    ],
+)
+def test_entries_that_can_not_match(checked, name, right, wrong):
+    file = checked.home.path / "control" / name
+    file.write_text("\n".join([*right, ""]))
+    assert checked.find().codes == []
+    for entry in wrong:
+        file.write_bytes("\n".join([*right, entry, ""]).encode())
+        problem = checked.find().only("control-entry", "warning")
+        assert ascii(entry) in problem["what"]
 
 
 def test_no_rcpthosts(checked):

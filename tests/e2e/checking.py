@@ -77,8 +77,13 @@ class Checked:
         variables = {"QMAILHOME": self.home.path, **dict(exports)}
         lines = [f"export {name}={shlex.quote(str(text))}" for name, text in variables.items()]
         last = f"exec {shlex.join(map(str, command))} {end}"
+        return self.write_run("\n".join(["#!/bin/sh", *lines, script, last, ""]))
+
+    def write_run(self, text):
+        """Write a run file that says this; its path."""
         path = self.home.path / "run"
-        path.write_text("\n".join(["#!/bin/sh", *lines, script, last, ""]))
+        path.write_text(text)
+        path.chmod(0o755)
         return path
 
     def find(self, *arguments, environ=None, **service):
