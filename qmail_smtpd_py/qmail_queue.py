@@ -92,7 +92,7 @@ def writes_text(program: bytes) -> bool:
 
 
 def reply_of(text: bytes) -> Reply | None:
-    """The reply in what a filter wrote for the client, None if it is none.
+    """The reply in what a filter wrote for the client, None if there is no reply in it.
 
     What is in it may be the sender's own (the name of a file, of a virus): no octet of it can end
     the line.  Line ends become blanks and what else is not printable question marks; nothing is

@@ -8,7 +8,7 @@ stands in.
 So it is no use to rehearse with a stand-in: code is specialised for the types that it has met.  The
 process that is going to fork serves some real connections on a port of its own, as the Worker that
 its children will be.  Their client is a child too.  No message is delivered and nobody can
-authenticate, as queue and check program are none, and the log goes nowhere.
+authenticate, as there is neither queue nor check program, and the log goes nowhere.
 """
 
 from __future__ import annotations
@@ -112,10 +112,19 @@ def _stage(service: Service) -> Service:
     look_ups = LookUps()
     look_ups.host = look_ups.ident = False
     look_ups.local_host = b"localhost"
-    stage = Service({**kept, **_ENVIRON}, arguments, service.resources, look_ups)
-    stage.is_verbose = service.is_verbose
-    stage.complain = service.complain
-    return stage
+    return Service(
+        {**kept, **_ENVIRON},
+        arguments,
+        service.resources,
+        look_ups,
+        rules=None,
+        proxies=None,
+        banner=b"",
+        keep_ip_options=False,
+        limit=1,
+        is_verbose=service.is_verbose,
+        complain=service.complain,
+    )
 
 
 def _look_up(rules: Rules | None) -> None:

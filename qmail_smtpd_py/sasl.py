@@ -1,7 +1,7 @@
 """AUTH: what SMTPAUTH asks for, and the mechanisms PLAIN, LOGIN and CRAM-MD5 (RFC 4954).
 
 A mechanism is a generator: it yields a challenge, is sent the client's response as it stands in its
-line, and returns Credentials; it raises Malformed where a response is none.  It knows nothing of
+line, and returns Credentials; it raises Malformed for a response that is.  It knows nothing of
 lines and replies, and it never decides who somebody is: that is the check program's part.
 
 Secrets live in Credentials and nowhere else.  Neither it nor an error of this module shows one.

@@ -59,7 +59,7 @@ class Sources:
         return self.environ.get(variable, b"") not in (b"", b"0")
 
 
-def settings(sources: Sources, me: bytes | None, can_authenticate: bool) -> Settings:
+def session_settings(sources: Sources, me: bytes | None, can_authenticate: bool) -> Settings:
     """What the session has to know; `me` is the line of control/me; raises ControlError."""
     files, environ = sources.files, sources.environ
     greeting = files.line("smtpgreeting")
@@ -90,7 +90,7 @@ def settings(sources: Sources, me: bytes | None, can_authenticate: bool) -> Sett
     )
 
 
-class Policy:
+class Configuration:
     """What the administrator wants for all connections with the same variables: `settings` are for
     the session, the others for whoever runs it; raises ControlError.
 
@@ -110,7 +110,7 @@ class Policy:
     def __init__(self, sources: Sources, can_authenticate: bool) -> None:
         files = sources.files
         me = files.line("me")
-        self.settings = settings(sources, me, can_authenticate)
+        self.settings = session_settings(sources, me, can_authenticate)
         ip_host = files.line("localiphost")
         ip_host = me if ip_host is None else ip_host
         # In an envelope a NUL would end the address.
@@ -127,17 +127,19 @@ _VARIABLES = (
     b"MAXAUTHFAILURES", b"MAXBADCOMMANDS", b"MAXRCPT", b"MINRATE", b"REQUIRETLS", b"SMTPAUTH",
     b"SMTPD_GREETDELAY", b"TIMEOUTSESSION",
 )  # fmt: skip
-"""All that a policy sees of the environment: it is the same for all clients that rules do not set
-apart in these, and may be kept where control files are.
+"""All that a configuration sees of the environment: it is the same for all clients that rules do
+not set apart in these, and may be kept where control files are.
 """
 
 
-def policy(environ: Mapping[bytes, bytes], files: ControlFiles, can_authenticate: bool) -> Policy:
-    """The policy for connections with this environment; raises ControlError."""
-    return files.derive((tuple(map(environ.get, _VARIABLES)), can_authenticate), _policy)
+def configuration(
+    environ: Mapping[bytes, bytes], files: ControlFiles, can_authenticate: bool
+) -> Configuration:
+    """The configuration for connections with this environment; raises ControlError."""
+    return files.derive((tuple(map(environ.get, _VARIABLES)), can_authenticate), _configure)
 
 
-def _policy(key: tuple[tuple[bytes | None, ...], bool], files: ControlFiles) -> Policy:
+def _configure(key: tuple[tuple[bytes | None, ...], bool], files: ControlFiles) -> Configuration:
     values, can_authenticate = key
     variables = {name: value for name, value in zip(_VARIABLES, values) if value is not None}
-    return Policy(Sources(variables, files), can_authenticate)
+    return Configuration(Sources(variables, files), can_authenticate)

@@ -20,7 +20,7 @@ from .control import ControlFiles
 from .effects import ControlError, Effects, Identity
 from .rcpthosts import RcptHosts
 from .session import CLOSED, TLS_HANDSHAKE, Session
-from .settings import TIMEOUT, Sources, policy
+from .settings import TIMEOUT, Sources, configuration
 from .wire import ConnectionLost, HandedOver, TimedOut, Wire
 
 TYPE_CHECKING = False
@@ -48,10 +48,12 @@ MOST_ERRORS = 100
 
 
 class Resources:
-    """What a process keeps from one connection to the next: how it reads control files, and where
-    there is more than one connection, TLS contexts, and in which directory it was started; what
-    does TLS, once that is loaded; and which children it has given up that may not have ended yet:
-    qmail-queues and check programs.
+    """What a process keeps from one connection to the next.
+
+    `files` reads control files; `contexts` has TLS contexts, where there is more than one
+    connection; `encryption` is what does TLS, once that is loaded; `left_children` are the process
+    ids of qmail-queues and check programs that were given up and may not have ended yet.  `start`
+    is the directory that a relative qmail home is in.
     """
 
     __slots__ = ("_home", "_start", "contexts", "encryption", "files", "left_children")
@@ -81,7 +83,7 @@ class Resources:
         self._home = home
         self.files.refresh()  # those of another home are other files
 
-    def leave_home(self) -> None:
+    def forget_home(self) -> None:
         """Look for the qmail home once more: its name may be that of another directory by now."""
         if self._home and self._home.startswith(b"/"):
             self._home = None
@@ -102,7 +104,7 @@ class Server(Effects):
         self._environ = environ
         self._arguments = arguments
         self.connection = Connection(environ)
-        wanted = policy(environ, files, can_authenticate=bool(arguments))
+        wanted = configuration(environ, files, can_authenticate=bool(arguments))
         self._sources = Sources(environ, files)
         self.settings = wanted.settings
         self._ip_host = wanted.ip_host
@@ -124,7 +126,7 @@ class Server(Effects):
         return self._sources.number(b"DROP_PRE_GREET", "droppregreet", 0) > 0
 
     def turns_early_talker_away(self) -> bool:
-        """The same of one that is there; the log is told of it anyway."""
+        """Log that the client spoke before its greeting; whether that turns it away."""
         is_dropped = self.drops_early_talkers
         code = reply.SPOKE_TOO_EARLY.code if is_dropped else None
         self.log("limit", {"code": code, "why": "spoke before the greeting"})

@@ -50,7 +50,10 @@ _DENIED, _DROPPED = 100, 111  # the exit statuses of tcpserver's children
 
 
 class Service:
-    """What is served, and to whom; all of it is there before the first worker is forked."""
+    """What is served, and to whom; all of it is there before the first worker is forked.
+
+    `limit` is the number of connections at a time, for the log; `complain` takes words for it.
+    """
 
     def __init__(
         self,
@@ -58,18 +61,26 @@ class Service:
         arguments: Sequence[bytes],
         resources: Resources,
         look_ups: LookUps,
+        *,
+        rules: Rules | None,
+        proxies: Peers | None,
+        banner: bytes,
+        keep_ip_options: bool,
+        limit: int,
+        is_verbose: bool,
+        complain: Callable[[str], None],
     ) -> None:
         self.environ = environ
         self.arguments = arguments
         self.resources = resources
         self.look_ups = look_ups
-        self.rules: Rules | None = None
-        self.proxies: Peers | None = None
-        self.banner = b""
-        self.keep_ip_options = False
-        self.limit = 40
-        self.is_verbose = False
-        self.complain: Callable[[str], None] = print
+        self.rules = rules
+        self.proxies = proxies
+        self.banner = banner
+        self.keep_ip_options = keep_ip_options
+        self.limit = limit
+        self.is_verbose = is_verbose
+        self.complain = complain
 
 
 class Worker:

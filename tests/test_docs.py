@@ -30,7 +30,7 @@ MAIN_MODULES = {
     "qmail-smtpd": "smtpd",
     "qmail-queue-maildir": "maildir_queue",
     "checkpassword-users": "users_check",
-    "qmail-smtpd-users": "users_file",
+    "qmail-smtpd-users": "users_tool",
 }
 """The module that each program begins with; its manual page has the program's name."""
 

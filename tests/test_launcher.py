@@ -103,6 +103,14 @@ def test_every_program_of_the_checkout_has_a_launcher(launchers: Path) -> None:
     assert {path.name for path in launchers.iterdir() if path.suffix != ".image"} == programs
 
 
+@pytest.mark.parametrize("name", [*PROGRAMS, *TOOLS])
+def test_a_program_of_the_checkout_is_the_same_as_its_launcher(name: str) -> None:
+    main = PROGRAMS[name].main if name in PROGRAMS else TOOLS[name]
+    source = (ROOT / "bin" / name).read_text()
+    assert re.search(rf"^ *from qmail_smtpd_py.{main} import main$", source, re.M)
+    assert re.search(rf'^"""{name}\b', source, re.M)
+
+
 def imported(stage: Stage, launcher: Path, dialogue: bytes = b"EHLO a\r\n") -> set[str]:
     """What a session looks for and imports, beyond what every interpreter has."""
     interpreter = launcher.read_text().split()[0][2:]

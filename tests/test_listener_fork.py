@@ -74,6 +74,23 @@ print(registered)
     assert found.stdout == "[]\n"
 
 
+def a_service(environ: dict[bytes, bytes]) -> Service:
+    """A service without AUTH, rules or proxies."""
+    return Service(
+        environ,
+        [],
+        Resources(ControlFiles()),
+        LookUps(),
+        rules=None,
+        proxies=None,
+        banner=b"",
+        keep_ip_options=False,
+        limit=1,
+        is_verbose=False,
+        complain=print,
+    )
+
+
 @pytest.mark.parametrize("what", ["os.fork", "_stage"], ids=["no process", "no session"])
 def test_of_a_rehearsal_that_fails_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch, what: str
@@ -84,7 +101,7 @@ def test_of_a_rehearsal_that_fails_nothing_is_left(
     monkeypatch.setattr(f"qmail_smtpd_py.rehearsal.{what}", fails)
     before = os.listdir("/proc/self/fd"), children(os.getpid())
     with pytest.raises(OSError, match="temporarily unavailable"):
-        rehearsal.rehearse(Service({}, [], Resources(ControlFiles()), LookUps()))
+        rehearsal.rehearse(a_service({}))
     assert (os.listdir("/proc/self/fd"), children(os.getpid())) == before
 
 
@@ -105,7 +122,7 @@ def test_a_rehearsal_that_comes_to_nothing_takes_no_longer(
     environ = {b"QMAILHOME": os.fsencode(tmp_path)}
     began = time.monotonic()
     with pytest.raises(TimeoutError):
-        rehearsal.rehearse(Service(environ, [], Resources(ControlFiles()), LookUps()))
+        rehearsal.rehearse(a_service(environ))
     assert time.monotonic() - began < PATIENCE
 
 
@@ -118,9 +135,7 @@ def test_sessions_leave_nothing_for_the_collector(
     (tmp_path / "control").mkdir()
     (tmp_path / "control" / "me").write_text("mx.example.org\n")
     monkeypatch.chdir(tmp_path)
-    service = Service(
-        {b"QMAILHOME": os.fsencode(tmp_path)}, [], Resources(ControlFiles()), LookUps()
-    )
+    service = a_service({b"QMAILHOME": os.fsencode(tmp_path)})
     rehearsal.rehearse(service)  # with all that is loaded and set up only now
     gc.collect()
     gc.disable()
@@ -148,7 +163,7 @@ def test_a_stranger_who_finds_the_port_of_a_rehearsal(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rehearsal, "_stage", intrude)
     environ = {b"QMAILHOME": os.fsencode(tmp_path)}
-    rehearsal.rehearse(Service(environ, [], Resources(ControlFiles()), LookUps()))
+    rehearsal.rehearse(a_service(environ))
     with strangers.pop() as stranger, pytest.raises(ConnectionResetError):
         stranger.recv(1)
 
