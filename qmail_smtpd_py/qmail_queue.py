@@ -74,7 +74,8 @@ _RESET_SIGNALS = (SIGPIPE, SIGXFSZ)  # which the interpreter ignores
 
 _NO_PROCESS = (11, 12)  # EAGAIN and ENOMEM of fork(2)
 
-_PIECE = 32768
+_PIECE = 32768  # octets of a message that are written at a time
+_ROOM = 4096  # octets that an empty pipe takes at least
 _LOOK_SECONDS = 1.0  # between looks whether one that reads nothing has ended
 _REAP_SECONDS = 1.0
 
@@ -120,8 +121,6 @@ def open_delivery(
     if ends is None:
         return None
     message_out, message_in, envelope_out, envelope_in, *text = ends
-    for descriptor in (message_in, envelope_in):
-        os.set_blocking(descriptor, False)
     actions = [(os.POSIX_SPAWN_DUP2, message_out, 0), (os.POSIX_SPAWN_DUP2, envelope_out, 1)]
     if text:
         actions += [(os.POSIX_SPAWN_DUP2, text[1], number) for number in _TEXT_DESCRIPTORS]
@@ -227,6 +226,8 @@ class QueueDelivery(effects.Delivery):
         self._size = 0
 
     def _write_all(self, descriptor: int, data: bytes) -> None:
+        if len(data) > _ROOM:
+            os.set_blocking(descriptor, False)
         try:
             while data and not self._failed:
                 try:
