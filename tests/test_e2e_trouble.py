@@ -280,7 +280,7 @@ def test_control_file_that_is_needed_later_and_can_not_be_read(start, home, auth
     service = start()
     ended = swaks(service, "--tls", "--to", "someone@elsewhere.example")
     assert CONTROLS in ended.output
-    assert "553" not in ended.output
+    assert "553 sorry" not in ended.output
     assert errors(service) == [f"cannot read control/{name}: {DENIED}"]
 
 

@@ -227,6 +227,7 @@ class Helping(Listening):
         words = [*before, *program(), "-v", *options, f"--helper={path}"]
         self._start(stage, words, popen)
         self.log.wait_for(r"status: 0/")
+        eventually(lambda: self.workers, "there are workers")  # programs do not wait for long
 
 
 def octet_environment(stage: Stage) -> dict[bytes, bytes]:
