@@ -7,6 +7,7 @@ PREFIX is a directory of our own, such as /usr/local/qmail-smtpd-py:
 
     bin/          the programs: launchers, see qmail_smtpd_py/launcher.py
     man/man8/     their manual pages
+    docs/         the documents, with README.md and CHANGES.md beside them
     run/          service directories for daemontools, to be copied
     systemd/      units for systemd, to be copied
     fail2ban/     a filter and a jail for fail2ban, to be copied
@@ -125,17 +126,18 @@ def install(prefix: Path, destdir: str) -> None:
     target = Path(f"{destdir}{prefix}")
     installed = Installed(target)
     before = set(installed.digests)
-    _check_free(installed, {f"bin/{name}" for name in PROGRAMS} | set(_pages()))
+    _check_free(installed, {f"bin/{name}" for name in PROGRAMS} | {*_pages(), *_documents()})
     environment = _new_environment(target / "venv")
     launchers = _fill(environment)
-    files = {**_pages(), **_services(prefix), **_programs(launchers, destdir)}
+    pages = {**_pages(), **_documents()}
+    files = {**pages, **_services(prefix), **_programs(launchers, destdir)}
     for name, content in files.items():
         executable = name.startswith(("bin/", "hooks/")) or name.endswith("/run")
         installed.put(name, content, 0o755 if executable else 0o644)
     installed.remove(before - set(files))
     for old in _environments(target / "venv")[:-2]:
         shutil.rmtree(old)
-    print(f"installed in {prefix}: bin/qmail-smtpd, man, run, systemd, fail2ban, hooks")
+    print(f"installed in {prefix}: bin/qmail-smtpd, man, docs, run, systemd, fail2ban, hooks")
     for path in _closed_to_others(target):
         print(f"note: other users can not run the programs, as {path} is closed to them")
 
@@ -143,6 +145,12 @@ def install(prefix: Path, destdir: str) -> None:
 def _pages() -> dict[str, bytes]:
     """The manual pages."""
     return {f"man/man8/{page.name}": page.read_bytes() for page in PAGES}
+
+
+def _documents() -> dict[str, bytes]:
+    """What the manual pages and the tools refer to."""
+    paths = [CHECKOUT / "README.md", CHECKOUT / "CHANGES.md", *CHECKOUT.glob("docs/*.md")]
+    return {str(path.relative_to(CHECKOUT)): path.read_bytes() for path in paths}
 
 
 def _services(prefix: Path) -> dict[str, bytes]:

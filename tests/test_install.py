@@ -104,7 +104,8 @@ GOODBYE = b"221 mx.example.org\r\n"
 def test_what_is_installed(prefix: Path) -> None:
     programs = {f"bin/{name}" for name in PROGRAMS}
     pages = {f"man/man8/{name}.8" for name in PROGRAMS}
-    assert files(prefix) == programs | pages | SERVICES | {"installed"}
+    documents = {"README.md", "CHANGES.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*"))}
+    assert files(prefix) == programs | pages | documents | SERVICES | {"installed"}
     assert {"bin/qmail-smtpd", "man/man8/qmail-smtpd.8", "run/smtp/log/run"} <= files(prefix)
     assert {"systemd/qmail-smtpd@.service", "fail2ban/filter.d/qmail-smtpd.conf"} <= files(prefix)
     hook = prefix / "hooks/certbot"
