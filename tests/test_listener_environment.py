@@ -23,6 +23,8 @@ from listener.listening import USUAL, Listening
 from listener.peers import Tcpserver, compile_rules
 from listener.world import Ident, Names, address, need_private_etc
 
+from qmail_smtpd_py import tcpenviron
+
 OF_THE_PROCESS = {"PATH", "QMAILHOME", "QMAILQUEUE", "DNSCACHEIP"}
 """Variables that are no matter of the connection."""
 
@@ -364,3 +366,11 @@ def test_rules_are_found_from_where_the_listener_is_started(mx: Stage, tmp_path:
     compile_rules(tmp_path / "rules.cdb", ':allow,WHO="found"\n')
     with Listening(mx, "-x", "rules.cdb", cwd=tmp_path) as listener:
         assert listener.greeted().command(b"QUIT") == "221 mx.example.org"
+
+
+def test_our_own_name_is_looked_up_until_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNS may be out of order for a moment, such as at the start of the host."""
+    answers = [None, b"mx.example.org"]
+    monkeypatch.setattr(tcpenviron, "_name_of", lambda ip: answers.pop(0))
+    look_ups = tcpenviron.LookUps()
+    assert [look_ups.local_name("192.0.2.1") for _ in range(3)] == [None, *[b"mx.example.org"] * 2]

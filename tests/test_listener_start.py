@@ -317,6 +317,22 @@ def test_descriptors_that_are_not_there(mx: Stage, closed: list[int]) -> None:
         assert started.wait(PATIENCE) == 0
 
 
+def test_a_port_that_nobody_can_be_told(mx: Stage) -> None:
+    port = free_port()
+    with open("/dev/full", "wb") as full:
+        started = subprocess.Popen(
+            [*program(), *USUAL, "127.0.0.1", str(port)],
+            env=octet_environment(mx),
+            stdout=full,
+            stderr=subprocess.DEVNULL,
+        )
+    try:
+        eventually(lambda: is_listening(port), "it listens")
+    finally:
+        started.send_signal(signal.SIGQUIT)
+        assert started.wait(PATIENCE) == 0
+
+
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
