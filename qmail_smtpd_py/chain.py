@@ -167,8 +167,8 @@ class Chain:
         if name not in (SMTPD, LISTENER):
             self.programs.append((words[0], self.directory, environ.get("PATH")))
         if name == SMTPD:
-            self.program, self.arguments, self.program_uid = words[0], rest, self.uid
-            self.program_search = environ.get("PATH", os.defpath)
+            self._find_program(words[0], environ)
+            self.arguments = rest
         elif _is_shell(words):
             self.script, rest = rest[1], []
         elif name in SERVERS:
@@ -236,10 +236,10 @@ class Chain:
     def _serve(self, name: str, words: list[str], environ: dict[str, str]) -> list[str]:
         """A program that listens: its options, host and port; the words of what it starts."""
         short, long = SERVERS[name]
-        self.server, starter = name, self.uid
+        self.server = name
+        starter = self.uid  # before -u counts
         if name == LISTENER:
-            self.program, self.program_uid = words[0], self.uid
-            self.program_search = environ.get("PATH", os.defpath)
+            self._find_program(words[0], environ)
         flags, rest = getopt.getopt(words[1:], short, list(long))
         self.server_flags = {flag for flag, _ in flags}
         for flag, value in flags:
@@ -254,6 +254,11 @@ class Chain:
         if name == LISTENER:
             self.arguments = rest
         return rest
+
+    def _find_program(self, word: str, environ: dict[str, str]) -> None:
+        """The program that all of this is for: as it is named, and with what it starts."""
+        self.program, self.program_uid = word, self.uid
+        self.program_search = environ.get("PATH", os.defpath)
 
     def _find_port(self, server: str, port: str, uid: int | None) -> None:
         """The port that a server names, which is started by `uid`, or by nobody knows whom."""

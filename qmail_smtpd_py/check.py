@@ -127,16 +127,15 @@ class Service:
             report.warning("not-that-user", what, remedy, "what it can read may be something else")
         elif is_told:
             return
-        elif uid == 0 and not was_given and self.run and self.chain.uid == 0:
-            what = "the service runs as root, as the run file says"
-            report.warning("root", what, "-u and -g of tcpserver: qmaild and nofiles")
         elif uid == 0 and not was_given and self.run:
-            if (self.run.notes or self.chain.has_gap) and self.chain.server:
+            is_said = self.chain.uid is not None
+            if not is_said and (self.run.notes or self.chain.has_gap) and self.chain.server:
                 report.warning(
                     "no-user", "whose rights the service has is not known", "--user NAME"
                 )
             else:
-                what = "the service runs as root, as nobody says otherwise"
+                why = "the run file says" if is_said else "nobody says otherwise"
+                what = f"the service runs as root, as {why}"
                 report.warning("root", what, "-u and -g of tcpserver: qmaild and nofiles")
         elif uid == 0 and not was_given and not self.run:
             what = "looked at as root, who may read everything: the service's user may not"

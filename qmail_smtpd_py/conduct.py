@@ -93,7 +93,27 @@ _OPENINGS: dict[bytes, str] = {
 OPENINGS = tuple(_OPENINGS)
 
 MOST_REFUSALS = 100
-"""Refusals in a session that the log is told of, lest one client should fill it."""
+"""Refusals in a session that the log is told of."""
+
+
+class Quota:
+    """Lines of a kind that a session may have in the log, lest one client should fill it."""
+
+    __slots__ = ("_count", "_kind", "_most")
+
+    def __init__(self, most: int, kind: str) -> None:
+        self._most = most
+        self._kind = kind
+        self._count = 0
+
+    def allows(self, tell: Callable[[str, Mapping[str, object]], None]) -> bool:
+        """Take note of one more; whether there is a line for it.  `tell` takes one that says so
+        when there is none any more.
+        """
+        self._count += 1
+        if self._count == self._most + 1:
+            tell("limit", {"why": f"more {self._kind} are not told"})
+        return self._count <= self._most
 
 
 class Conduct:
@@ -105,14 +125,11 @@ class Conduct:
         self._limits = limits
         self._counts: dict[int, int] = {}
         self._tell = tell
-        self._refusals = 0
+        self._refusals = Quota(MOST_REFUSALS, "refusals")
 
     def tells_refusal(self) -> bool:
         """Take note of a refusal that has a line in the log; whether there is one for it yet."""
-        self._refusals += 1
-        if self._refusals == MOST_REFUSALS + 1:
-            self._tell("limit", {"why": "more refusals are not told"})
-        return self._refusals <= MOST_REFUSALS
+        return self._refusals.allows(self._tell)
 
     def judge(self, answer: Reply) -> Reply | None:
         """Take note of a reply: the one that ends the session behind it, or None."""

@@ -1,8 +1,8 @@
 """TLS for one connection: whether it can be had, with what, and its beginning.
 
 Decides what `tls` works with: the administrator's choice of ciphers, whom to ask for a certificate,
-and whether a helper does the work.  What goes wrong becomes a reply and a line in the
-log.  Loaded when a session first needs it.
+and whether a helper does the work.  What goes wrong becomes a reply and a line in the log.  Loaded
+when a session first needs it.
 """
 
 from __future__ import annotations

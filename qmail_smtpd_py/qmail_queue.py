@@ -169,12 +169,7 @@ def _start(
 def reap(left: list[int]) -> None:
     """Take those that have ended out of a list of process ids, and out of the system's."""
     if left:
-        left[:] = [pid for pid in left if not _has_ended(pid)]
-
-
-def _has_ended(pid: int) -> bool:
-    """Whether a child has ended; if so, it is no zombie any more."""
-    return os.waitpid(pid, os.WNOHANG)[0] == pid
+        left[:] = [pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] != pid]
 
 
 def _close(*descriptors: int) -> None:

@@ -50,7 +50,7 @@ class Session:
 
     `exit_status` is what the program ends with: 0 after QUIT, 1 in every other case;
     `is_half_sent` tells whether a command, or a message, is there in part and the rest is to come;
-    `is_paused` that `receive` has more to obey without that anything came.
+    `is_paused` whether `receive` has more to obey, though nothing more may come.
     """
 
     def __init__(self, connection: Connection, settings: Settings, effects: Effects) -> None:

@@ -14,7 +14,7 @@ from _signal import SIG_DFL, SIGCHLD, signal  # type: ignore[import-not-found]
 
 from . import log, process, reply
 from .badmailfrom import BadMailFrom
-from .conduct import Pace
+from .conduct import Pace, Quota
 from .connection import Connection
 from .control import ControlFiles
 from .effects import ControlError, Effects, Identity
@@ -44,7 +44,7 @@ SHORTEST_WINDOW = 300
 """Seconds over which a client's pace is looked at, at least: a short timeout is no stopwatch."""
 
 MOST_ERRORS = 100
-"""Lines of `error` that a session may have in the log, lest one client should fill it."""
+"""Lines of `error` that a session may have in the log."""
 
 
 class Resources:
@@ -118,7 +118,7 @@ class Server(Effects):
         self.is_smtps = b"SMTPS" in environ and self.connection.cipher is None
         self._encryption: Encryption | None = None
         self._log = log.Log()
-        self._errors = 0
+        self._errors = Quota(MOST_ERRORS, "errors")
 
     @property
     def drops_early_talkers(self) -> bool:
@@ -152,13 +152,8 @@ class Server(Effects):
         return int(time.time())
 
     def log(self, event: str, fields: Mapping[str, object]) -> None:
-        if event == "error":
-            self._errors += 1
-            if self._errors > MOST_ERRORS + 1:
-                return
-            if self._errors > MOST_ERRORS:
-                event, fields = "limit", {"why": "more errors are not told"}
-        self._log.write(event, {"ip": self.connection.remote_ip, **fields})
+        if event != "error" or self._errors.allows(self.log):
+            self._log.write(event, {"ip": self.connection.remote_ip, **fields})
 
     # Policy
 

@@ -56,7 +56,7 @@ class WarmUp:
         gc.collect()
         _preload(service)
         if self._old_code:
-            _rehearse(self._service)
+            _rehearse(service)
         else:
             self._arrange()
         self._renew_at = time.monotonic() + self._max_age

@@ -126,10 +126,10 @@ def install(prefix: Path, destdir: str) -> None:
     target = Path(f"{destdir}{prefix}")
     installed = Installed(target)
     before = set(installed.digests)
-    _check_free(installed, {f"bin/{name}" for name in PROGRAMS} | {*_pages(), *_documents()})
+    pages = {**_pages(), **_documents()}
+    _check_free(installed, {f"bin/{name}" for name in PROGRAMS} | set(pages))
     environment = _new_environment(target / "venv")
     launchers = _fill(environment)
-    pages = {**_pages(), **_documents()}
     files = {**pages, **_services(prefix), **_programs(launchers, destdir)}
     for name, content in files.items():
         executable = name.startswith(("bin/", "hooks/")) or name.endswith("/run")
