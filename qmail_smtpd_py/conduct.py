@@ -131,6 +131,20 @@ class Conduct:
         """Take note of a refusal that has a line in the log; whether there is one for it yet."""
         return self._refusals.allows(self._tell)
 
+    def refuse(
+        self,
+        answer: Reply,
+        sender: bytes | None = None,
+        recipient: bytes | None = None,
+        why: str | None = None,
+    ) -> Reply:
+        """The reply itself, with a line in the log for it, as long as they are not too many."""
+        if self.tells_refusal():
+            why = why or answer.lines[0].decode("latin-1")
+            fields = {"result": "refused", "code": answer.code, "why": why}
+            self._tell("mail", {**fields, "from": sender, "to": recipient})
+        return answer
+
     def judge(self, answer: Reply) -> Reply | None:
         """Take note of a reply: the one that ends the session behind it, or None."""
         kind = _BY_REPLY.get(answer, _BY_CODE.get(answer.code, _NOT_COUNTED))

@@ -36,6 +36,10 @@ class Unread:
         """Whether what is there starts with one of these."""
         return self._octets.startswith(starts, self._at)
 
+    def starts_with_verb(self, verb: bytes) -> bool:
+        """Whether what is there starts with this verb, in letters of either case."""
+        return self._octets[self._at : self._at + len(verb)].upper() == verb
+
     def is_empty(self) -> bool:
         """Whether nothing is there, not even the start of a line."""
         return self._at == len(self._octets) and not self._too_long

@@ -58,7 +58,7 @@ class Session:
         self.exit_status = 1
         self.is_half_sent = False
         self.is_paused = False
-        self._took_time = False
+        self._pauses = False
         self._connection = connection
         self._settings = settings
         self._effects = effects
@@ -93,25 +93,31 @@ class Session:
     def receive(self, data: bytes) -> bytes:
         """Take in what the client sent; the replies to it.
 
-        Behind what took time, a check program or a queue program, the session pauses: the client is
-        to hear of it, if it is there yet, before more of what it pipelined is obeyed.
+        The session pauses before a check program and behind it, and behind a queue program, as they
+        take time: what there is to tell, the client is to hear, if it is there yet, before more of
+        what it pipelined is obeyed.
         """
         if self.state not in _READERS:
             return b""  # in clear behind STARTTLS, or behind the end: it must not count
         self._unread.add(data)
+        self._pauses = False
         try:
-            while self.state in _READERS and not self._unread.is_empty():
-                if not _READERS[self.state](self) or self._took_time:
+            while self.state in _READERS and not self._unread.is_empty() and not self._pauses:
+                if self._replies and self._is_auth_next():
+                    self._pauses = True
+                elif not _READERS[self.state](self):
                     break
         except ControlError as error:
             self._effects.log("error", {"why": str(error)})
             self._reply(reply.CONTROLS_UNREADABLE)
         has_more = not self._unread.is_empty()
-        self.is_paused = self._took_time and has_more
-        self._took_time = False
+        self.is_paused = self._pauses and has_more
         self.is_half_sent = self.state == MAIL_DATA or (has_more and not self.is_paused)
         replies, self._replies = self._replies, []
         return b"".join(replies)
+
+    def _is_auth_next(self) -> bool:
+        return self.state == AUTH_RESPONSE or self._unread.starts_with_verb(b"AUTH")
 
     def tls_started(self, cipher: bytes) -> None:
         """A handshake is complete: what was said before it counts no more."""
@@ -215,7 +221,7 @@ class Session:
 
     def _check_authorized(self) -> Reply | None:
         if self._user is None and self._settings.auth.required:
-            return self._refuse(reply.AUTH_REQUIRED)
+            return self._conduct.refuse(reply.AUTH_REQUIRED)
         return None
 
     def _check_mail(self) -> Reply | None:
@@ -232,11 +238,11 @@ class Session:
         try:
             sender = self._address(argument)
         except path.PathError as error:
-            return self._refuse(reply.SYNTAX, why=str(error))
+            return self._conduct.refuse(reply.SYNTAX, why=str(error))
         if not self._may_send_as(sender):
-            return self._refuse(reply.SENDER_NOT_USER, sender=sender)
+            return self._conduct.refuse(reply.SENDER_NOT_USER, sender=sender)
         if not self._heed_parameters(argument):
-            return self._refuse(reply.TOO_BIG, sender=sender)
+            return self._conduct.refuse(reply.TOO_BIG, sender=sender)
         is_blocked = self._effects.is_sender_blocked(sender)
         self._transaction = Transaction(sender, is_blocked, self._settings.limits.recipients)
         return reply.OK
@@ -265,15 +271,17 @@ class Session:
         try:
             recipient = self._address(argument)
         except path.PathError as error:
-            return self._refuse(reply.SYNTAX, why=str(error), sender=sender)
+            return self._conduct.refuse(reply.SYNTAX, why=str(error), sender=sender)
         if transaction.blocked:
-            return self._refuse(reply.SENDER_BLOCKED, sender=sender, recipient=recipient)
+            return self._conduct.refuse(reply.SENDER_BLOCKED, sender=sender, recipient=recipient)
         if not self._may_send_to(recipient):
             denied = reply.relaying_denied(self._cipher is not None, self._no_certificate)
-            return self._refuse(denied, sender=sender, recipient=recipient)
+            return self._conduct.refuse(denied, sender=sender, recipient=recipient)
         recipient += self._relay_client or b""
         if not transaction.add(recipient):
-            return self._refuse(reply.TOO_MANY_RECIPIENTS, sender=sender, recipient=recipient)
+            return self._conduct.refuse(
+                reply.TOO_MANY_RECIPIENTS, sender=sender, recipient=recipient
+            )
         return reply.OK
 
     def _may_send_to(self, recipient: bytes) -> bool:
@@ -291,21 +299,6 @@ class Session:
         self._relay_client = b""
         return True
 
-    def _refuse(
-        self,
-        answer: Reply,
-        sender: bytes | None = None,
-        recipient: bytes | None = None,
-        why: str | None = None,
-    ) -> Reply:
-        """The reply itself, with a line in the log for it, as long as they are not too many."""
-        if not self._conduct.tells_refusal():
-            return answer
-        why = why or answer.lines[0].decode("latin-1")
-        fields = {"result": "refused", "code": answer.code, "why": why}
-        self._effects.log("mail", {**fields, "from": sender, "to": recipient})
-        return answer
-
     # Mail data
 
     def _data(self, argument: bytes) -> Reply:
@@ -313,7 +306,7 @@ class Session:
         transaction, self._transaction = self._transaction, None
         delivery = self._effects.open_delivery(self._identity())
         if delivery is None:
-            return self._refuse(reply.NO_DELIVERY, sender=transaction.sender)
+            return self._conduct.refuse(reply.NO_DELIVERY, sender=transaction.sender)
         self._message = Message(transaction, delivery, self._settings.databytes)
         protocol = trace.protocol(self._cipher, self._user is not None, self._certificate)
         connection, helo = self._connection, self._helo
@@ -353,7 +346,7 @@ class Session:
         else:
             refusal = message.delivery.close(message.transaction.envelope())
             answer = refusal or reply.accepted(self._effects.now(), message.delivery.pid)
-        self._took_time = True
+        self._pauses = True
         self._log_mail(message, "accepted" if answer.code == 250 else "refused", answer)
         return answer
 
@@ -368,7 +361,7 @@ class Session:
 
     def _check_tls(self) -> Reply | None:
         if self._settings.require_tls and self._cipher is None:
-            return self._refuse(reply.TLS_REQUIRED)
+            return self._conduct.refuse(reply.TLS_REQUIRED)
         return None
 
     def _starttls(self, argument: bytes) -> Reply:
@@ -445,7 +438,7 @@ class Session:
 
     def _authenticate(self, credentials: sasl.Credentials) -> Reply:
         answer = self._effects.authenticate(credentials, self._identity())
-        self._took_time = True
+        self._pauses = True
         if answer is reply.AUTHENTICATED:
             self._user = self._remote_info = credentials.user
             self._method = self._mechanism.lower()

@@ -241,6 +241,24 @@ def test_an_exchange_that_is_canceled(cancel: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    "auth",
+    [
+        b"auth PLAIN " + base64(b"\0joe\0secret") + b"\r\n",
+        b"AUTH LOGIN\r\n%s\r\n%s\r\n" % (base64(b"joe"), base64(b"secret")),
+    ],
+    ids=["plain", "login"],
+)
+def test_what_there_is_to_tell_leaves_before_a_check_program_takes_its_time(auth: bytes) -> None:
+    session, _ = open_session()
+    said = [session.receive(b"NOOP\r\n" + auth + b"NOOP\r\n")]
+    while session.is_paused:
+        said.append(session.receive(b""))
+    assert said[0] == b"250 ok\r\n"
+    assert said[-2:] == [b"235 ok, go ahead (#2.0.0)\r\n", b"250 ok\r\n"]
+    assert all(replies.count(b"\r\n") == 1 for replies in said)
+
+
+@pytest.mark.parametrize(
     "before", [b"", b"HELO x", b"RSET", b"AUTH PLAIN =", b"AUTH PLAIN " + base64(b"\0eve\0x")]
 )
 def test_mail_needs_authentication_whatever_comes_before(before: bytes) -> None:

@@ -275,6 +275,17 @@ def test_guesses_are_slow_however_they_come(host: Stage) -> None:
         program.signal(9)
 
 
+def test_replies_do_not_wait_for_a_guess_that_was_pipelined_behind_them(host: Stage) -> None:
+    host.plan("checkpassword", {"exit": 1})
+    with Program(host) as program:
+        client = greeted(program)
+        began = time.monotonic()
+        client.send(b"NOOP\r\n" + PLAIN + b"\r\n")
+        assert client.reply() == "250 ok"
+        assert time.monotonic() - began < 4
+        program.signal(9)
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS)
 def test_what_was_pipelined_is_not_obeyed_for_a_client_that_is_gone(
     host: Stage, transport: Transport
