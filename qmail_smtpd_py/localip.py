@@ -7,6 +7,8 @@ an address has a literal, as most sessions have none.
 
 from __future__ import annotations
 
+from array import array
+
 _SIOCGIFCONF = 0x8912  # netdevice(7); all of Linux has these numbers
 _SIOCGIFFLAGS = 0x8913
 _IFF_UP = 1
@@ -83,7 +85,6 @@ def _our_addresses() -> set[bytes]:
 
 def _interfaces(descriptor: int) -> list[bytes]:
     """A `struct ifreq` for each address: the interface's name, and the address in it."""
-    from array import array
     from fcntl import ioctl
     from struct import calcsize, pack, unpack
 

@@ -16,7 +16,7 @@ if a CR LF stood before it, so that the first line is a line like any other.
 
 from __future__ import annotations
 
-from io import IncrementalNewlineDecoder
+from _io import IncrementalNewlineDecoder  # io takes longer to import, from Python 3.14 on
 
 _END = b"\r\n.\r\n"
 _HEADER_END = b"\r\n\r\n"

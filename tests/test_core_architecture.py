@@ -39,7 +39,7 @@ UPWARDS = {
     ("encryption", "handover"): "the listener's helper can go on with a session",
 }
 
-CORE_NEEDS = {"binascii", "io", "time"}
+CORE_NEEDS = {"binascii", "_io", "time"}
 """What the core may import beside itself: these cost next to nothing, and do no input or output."""
 
 PYOPENSSL = {"OpenSSL", "cryptography"}

@@ -419,7 +419,7 @@ def test_a_restart_without_a_program_or_a_directory(mx: Stage, tmp_path: Path) -
     [
         ("", "it is another program"),
         ("print('usage: other')", "it is another program"),
-        ("half a program", "it does not start: SyntaxError: invalid syntax"),
+        ("half a program", "it does not start: SyntaxError: invalid syntax.*"),
         ("import nothing", "it does not start: ModuleNotFoundError: No module named 'nothing'"),
         ("raise SystemExit(3)", "it does not start: exit status 3"),
     ],

@@ -586,5 +586,5 @@ print(*sorted(set(sys.modules) - before))
     assert set(out.stdout.decode().split()) <= {
         *(package, f"{package}.maildir_queue", f"{package}.trace"),
         *("__future__", "os", "posixpath", "genericpath", "os.path", "stat", "_stat"),
-        *("_collections_abc", "errno", "time", "_signal"),
+        *("_collections_abc", "_abc", "abc", "errno", "time", "_signal"),
     }
