@@ -84,6 +84,7 @@ class Channel:
             self.ended = "hung up"
         except self._ssl.Error as error:
             self.ended = f"TLS: {reason(error)}"
+            return b""  # nothing can be told any more: what ends a message here must not count
         return b"".join(pieces)
 
     def write(self, data: bytes) -> bytes:

@@ -89,6 +89,7 @@ _LAUNCHER = """\
 # Made by {package}/launcher.py, which tells why it is so.
 import sys
 from _frozen_importlib_external import MAGIC_NUMBER
+from _signal import alarm
 from marshal import loads
 from posix import _exit, geteuid, getpid, write
 
@@ -112,8 +113,11 @@ try:
 except Exception as error:
     why = "%s (uid %d): can it not read the program, or is the memory limit too low?"
     why %= (type(error).__name__, geteuid())
-    write(2, ('{name}[%d]: error why="%s"\\n' % (getpid(), why)).encode())
-    write(1, reply)
+    try:
+        write(1, reply)
+    finally:
+        alarm(2)  # a log that takes nothing is not waited for
+        write(2, ('{name}[%d]: error why="%s"\\n' % (getpid(), why)).encode())
 finally:
     _exit(status)
 """

@@ -25,6 +25,7 @@ from __future__ import annotations
 import os
 import time
 
+from .log import Log
 from .trace import date
 
 TYPE_CHECKING = False
@@ -53,7 +54,6 @@ BAD_ENVELOPE = 91
 
 MESSAGE = 0
 ENVELOPE = 1
-LOG = 2
 
 BLOCK = 65536
 """Octets read and written at a time."""
@@ -151,11 +151,8 @@ def log(cause: str) -> None:
         home = ascii(os.getcwd())
     except OSError:
         home = "a directory that is gone"
-    line = f"qmail-queue-maildir[{os.getpid()}]: {cause} (uid {os.geteuid()}, in {home})\n"
-    try:
-        os.write(LOG, line.encode("ascii", "backslashreplace"))
-    except OSError:
-        pass  # The exit status has to do.
+    line = f"qmail-queue-maildir[{os.getpid()}]: {cause} (uid {os.geteuid()}, in {home})"
+    Log().write_line(line)  # If it is lost, the exit status has to do.
 
 
 def watch_signals() -> None:

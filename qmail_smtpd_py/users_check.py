@@ -24,6 +24,8 @@ import errno
 import os
 import sys
 
+from .log import Log
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
@@ -39,7 +41,6 @@ MISUSED = 2
 TROUBLE = 111
 
 CREDENTIALS = 3
-LOG = 2
 
 CREDENTIALS_LIMIT = 65536
 """Octets on descriptor 3; qmail-smtpd takes lines of 12288, where checkpassword has 512 for all."""
@@ -149,8 +150,5 @@ def become(command: list[str]) -> int:
 
 def log(event: str) -> None:
     """Write one line to descriptor 2, in printable ASCII."""
-    line = f"checkpassword-users[{os.getpid()}]: {event}\n"
-    try:
-        os.write(LOG, line.encode("ascii", "backslashreplace"))
-    except OSError:
-        pass  # The exit status has to do.
+    line = f"checkpassword-users[{os.getpid()}]: {event}"
+    Log().write_line(line)  # If it is lost, the exit status has to do.

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import CodeType
 
 import pytest
+from conformance.logs import nobody_reads
 from conformance.program import ROOT, Program
 from conformance.stage import Stage
 
@@ -180,6 +181,21 @@ def test_a_program_that_can_not_be_loaded_is_a_temporary_problem(
     why = rb"\w+ \(uid \d+\): .* is the memory limit too low\?"
     line = rb'%s\[\d+\]: error why="%s"\n' % (name.encode(), why)
     assert re.fullmatch(line, done.stderr)
+
+
+def test_a_log_that_nobody_reads_does_not_hold_up_what_can_not_be_loaded(copied: Path) -> None:
+    image = copied / "qmail-smtpd.image"
+    image.write_bytes(image.read_bytes()[:1000])
+    with nobody_reads() as log:
+        done = subprocess.run(
+            [copied / "qmail-smtpd"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            timeout=30,
+            check=False,
+        )
+    assert done.stdout == b"421 out of memory (#4.3.0)\r\n"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conformance.logs import nobody_reads
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, "-IS", str(ROOT / "bin" / "qmail-queue-maildir")]
@@ -570,6 +571,19 @@ def test_it_is_on_the_disk_before_it_is_told(home):
     assert leave.startswith("exit_group(0)")
 
 
+def test_a_log_that_nobody_reads_holds_nobody_up(home):
+    with nobody_reads() as log:
+        done = subprocess.run(
+            PROGRAM,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            cwd=home,
+            timeout=30,
+        )
+    assert done.returncode == 54, "the envelope ends too early"
+
+
 # What it costs
 
 
@@ -584,7 +598,7 @@ print(*sorted(set(sys.modules) - before))
     out = subprocess.run([sys.executable, "-IS", "-c", code], stdout=subprocess.PIPE, check=True)
     package = "qmail_smtpd_py"
     assert set(out.stdout.decode().split()) <= {
-        *(package, f"{package}.maildir_queue", f"{package}.trace"),
+        *(package, f"{package}.maildir_queue", f"{package}.log", f"{package}.trace", "select"),
         *("__future__", "os", "posixpath", "genericpath", "os.path", "stat", "_stat"),
         *("_collections_abc", "_abc", "abc", "errno", "time", "_signal"),
     }

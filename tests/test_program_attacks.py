@@ -207,6 +207,22 @@ def test_tls_that_breaks_behind_a_command(
 
 
 @pytest.mark.tls
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+def test_tls_that_breaks_behind_a_message_queues_nothing(
+    host: Stage, version: str, broken: bytes
+) -> None:
+    """In one piece: the client can not be told that it was taken, and would send it again."""
+    with Program(host) as program:
+        client = greeted(program, True, version)
+        begin_message(client)
+        client.connection.write(client.encrypt(b"Subject: x\r\n\r\nx\r\n.\r\n") + broken)
+        client.read_to_end()
+        assert program.wait() == 1
+    assert [delivery.read[1] for delivery in host.deliveries()] == [b""]
+
+
+@pytest.mark.tls
 def test_tls_over_tcp_does_not_wait_for_acknowledgements(host: Stage) -> None:
     """Without TCP_NODELAY each exchange could stall for 40 ms (tcp(7))."""
     ends = tcp()

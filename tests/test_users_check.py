@@ -20,6 +20,7 @@ from binascii import b2a_base64
 from pathlib import Path
 
 import pytest
+from conformance.logs import nobody_reads
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, "-IS", str(ROOT / "bin" / "checkpassword-users")]
@@ -81,7 +82,9 @@ def write_users(home, text, mode=0o600):
     return path
 
 
-def check(home, credentials, command=("true",), program=PROGRAM, env=None, **popen):
+def check(
+    home, credentials, command=("true",), program=PROGRAM, env=None, log=subprocess.PIPE, **popen
+):
     """Run the program with these octets on descriptor 3, as qmail-smtpd does."""
     shell = ["sh", "-c", 'exec 3<&0 </dev/null; exec "$@"', "sh"]
     with tempfile.TemporaryFile() as file:
@@ -90,7 +93,8 @@ def check(home, credentials, command=("true",), program=PROGRAM, env=None, **pop
         return subprocess.run(
             [*shell, *program, *command],
             stdin=file,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=log,
             cwd=home,
             env={"PATH": os.environ["PATH"], **(env or {})},
             **popen,
@@ -210,6 +214,12 @@ def test_wrong_credentials_are_refused(home, credentials, cause):
     done = check(home, credentials, ["echo", "ran"], env={"TCPREMOTEIP": "192.0.2.1"})
     assert (done.returncode, done.stdout) == (1, b"")
     assert_log(done, b"refused: user ", b" from '192.0.2.1': ", cause)
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(home):
+    with nobody_reads() as log:
+        done = check(home, fields(b"alice", b"wrong"), log=log, timeout=30)
+    assert done.returncode == 1
 
 
 def test_the_log_shows_no_secret_and_no_control(home):
