@@ -17,8 +17,8 @@ HOST =
 DAYS = 825
 KEY = rsa:2048
 FROM =
-OWNER = qmaild
-GROUP = qmail
+OWNER =
+GROUP =
 FORCE =
 
 help:
