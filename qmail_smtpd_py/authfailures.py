@@ -9,6 +9,9 @@ Where all slots of a set are in use the one with the fewest failures makes room,
 these, but none that has reached the limit: an address that is shut out can not be let in by the
 failures of others, and where there is no room a failure is not remembered.
 
+An attempt counts as a failure from its beginning, and is taken back when it was none: so attempts
+that run at the same time can not be more than the limit.  One whose process is killed stays.
+
 Each use opens the file, locks it (flock(2)) and closes it.  Whatever is wrong with it, nobody is
 refused for that: the log is told, and attempts are not counted.
 """
@@ -34,7 +37,6 @@ _MAGIC = b"qmail-smtpd auth"
 _KEY = 16  # octets
 _HEADER = 64
 _MARK, _TIME, _COUNT = 8, 4, 4
-_LARGEST_COUNT = (1 << 8 * _COUNT) - 1
 _SLOT = _MARK + _TIME + _COUNT
 SIZE = _HEADER + SETS * WAYS * _SLOT
 
@@ -78,24 +80,28 @@ class AuthFailures:
         self._limit = limit
         self._period = period
         self._tell = tell
+        self._counted = 0  # the time of the slot that our attempt was counted in
 
-    def are_too_many(self) -> bool:
-        """Whether the limit is reached, so that no attempt should be made."""
-        found = self._use(fcntl.LOCK_SH, self._find)
-        return bool(found) and found >= self._limit
+    def begin(self) -> bool:
+        """Count an attempt, which has failed unless it is taken back; False, and not counted, where
+        the limit is reached, so that none should be made.
+        """
+        return self._use(self._count) <= self._limit
 
-    def add(self) -> None:
-        """Count an attempt that has failed."""
-        self._use(fcntl.LOCK_EX, self._count)
+    def take_back(self) -> None:
+        """The attempt that was begun has not failed."""
+        if self._counted:
+            self._use(self._uncount)
+            self._counted = 0
 
-    def _use(self, lock: int, act: Callable[[int, int, bytes], int]) -> int:
+    def _use(self, act: Callable[[int, int, bytes], int]) -> int:
         """Act on the open table, the place of the address' set and its mark; 0 without success."""
         if self._who is None:
             return 0
         try:
             descriptor = os.open(self._path, _FLAGS, 0o600)
             try:
-                _lock(descriptor, lock)
+                _lock(descriptor)
                 return act(descriptor, *_place(self._who, _key(descriptor)))
             finally:
                 os.close(descriptor)
@@ -109,12 +115,8 @@ class AuthFailures:
         octets = os.pread(descriptor, WAYS * _SLOT, place)
         return [Slot.unpack(octets[at : at + _SLOT]) for at in range(0, len(octets), _SLOT)]
 
-    def _find(self, descriptor: int, place: int, mark: bytes) -> int:
-        now = int(time.time())
-        slots = self._read(descriptor, place)
-        return max((slot.count for slot in slots if self._is(slot, mark, now)), default=0)
-
     def _count(self, descriptor: int, place: int, mark: bytes) -> int:
+        """Count one more; how many there are then, 0 where there is no room."""
         now = int(time.time())
         slots = self._read(descriptor, place)
         chosen = min(slots, key=lambda slot: self._worth(slot, mark, now))
@@ -122,9 +124,22 @@ class AuthFailures:
             if self._is_live(chosen, now) and chosen.count >= self._limit:
                 return 0
             chosen.mark, chosen.since, chosen.count = mark, now, 0
-        chosen.count = min(chosen.count + 1, _LARGEST_COUNT)
+        elif chosen.count >= self._limit:
+            return self._limit + 1
+        chosen.count += 1
         os.pwrite(descriptor, chosen.pack(), place + slots.index(chosen) * _SLOT)
+        self._counted = chosen.since
         return chosen.count
+
+    def _uncount(self, descriptor: int, place: int, mark: bytes) -> int:
+        """Count one less, if the slot is still the one that it was counted in."""
+        slots = self._read(descriptor, place)
+        for number, slot in enumerate(slots):
+            if slot.mark == mark and slot.since == self._counted and slot.count > 0:
+                slot.count -= 1
+                os.pwrite(descriptor, slot.pack(), place + number * _SLOT)
+                break
+        return 0
 
     def _worth(self, slot: Slot, mark: bytes, now: int) -> tuple[int, int]:
         """Sort key of the slot to use: the address' own, free, fewest and oldest failures."""
@@ -154,12 +169,12 @@ def network(ip: bytes) -> bytes | None:
     return octets[12:] if octets.startswith(_MAPPED) else octets[:_NETWORK]
 
 
-def _lock(descriptor: int, kind: int) -> None:
+def _lock(descriptor: int) -> None:
     """Lock the file, or raise OSError when that takes too long."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise OSError(errno.EWOULDBLOCK, "somebody keeps it locked") from None
@@ -169,17 +184,22 @@ def _lock(descriptor: int, kind: int) -> None:
 
 
 def _key(descriptor: int) -> bytes:
-    """The key in the header of the table, which is made if the file is new; raises OSError."""
+    """The key in the header of the table, which is made if the file is new; raises OSError.
+
+    One of the right size without any header was not made to the end, as the disk was full, or lost
+    its beginning when the power went: that is a new one, too.
+    """
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a file")
     if found.st_size == 0:
-        _lock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_size == 0:
-            os.ftruncate(descriptor, SIZE)
-            os.pwrite(descriptor, _MAGIC + os.urandom(_KEY), 0)
+        os.ftruncate(descriptor, SIZE)
     header = os.pread(descriptor, len(_MAGIC) + _KEY, 0)
-    if os.fstat(descriptor).st_size != SIZE or not header.startswith(_MAGIC):
+    is_right_size = os.fstat(descriptor).st_size == SIZE
+    if is_right_size and not header.strip(b"\0"):
+        header = _MAGIC + os.urandom(_KEY)
+        os.pwrite(descriptor, header, 0)
+    if not is_right_size or not header.startswith(_MAGIC):
         raise OSError(errno.EINVAL, "not a table of failed attempts; remove it, or name another")
     return header[len(_MAGIC) :]
 

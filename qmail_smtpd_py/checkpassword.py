@@ -51,18 +51,14 @@ def authenticate(
     seconds: float,
     tell: Callable[[str], None],
     left: list[int],
-    refused: Callable[[], None] | None = None,
 ) -> Reply:
     """Run the check program on the text for descriptor 3; the reply to what it made of it.
 
     `seconds` is how long it may take; `tell` takes the words for the log where it is in trouble;
-    `left` gets the process id of one that was given up and has not ended; `refused` is called when
-    it says no, before the delay.
+    `left` gets the process id of one that was given up and has not ended.
     """
     answer = _ask(arguments, text, environ, seconds, tell, left)
     if answer is reply.AUTH_FAILED:
-        if refused:
-            refused()
         time.sleep(FAILURE_DELAY)
     return answer
 

@@ -220,17 +220,19 @@ class Server(Effects):
         from . import checkpassword
 
         failures = self._auth_failures()
-        if failures and failures.are_too_many():
+        if failures and not failures.begin():
             return reply.AUTH_TOO_OFTEN
-        return checkpassword.authenticate(
+        answer = checkpassword.authenticate(
             self._arguments,
             checkpassword.fields(credentials, self.settings.auth.challenge_field),
             self._child_environ(identity),
             checkpassword.patience(self.timeout),
             self._log_error,
             self._resources.left_children,
-            failures.add if failures else None,
         )
+        if failures and answer is not reply.AUTH_FAILED:
+            failures.take_back()
+        return answer
 
     def _auth_failures(self) -> AuthFailures | None:
         """The failed attempts of this client's address; None where nobody counts them."""

@@ -14,7 +14,7 @@ from conformance import logs
 from conformance.program import ROOT, Program
 from conformance.stage import Stage
 from conformance.world import base64
-from listener.listening import Listening
+from listener.listening import Listening, eventually
 
 from qmail_smtpd_py import authfailures
 from qmail_smtpd_py.authfailures import SIZE, WAYS, AuthFailures, network
@@ -42,10 +42,13 @@ class Table:
 
     def add(self, ip: str, times: int = 1) -> None:
         for _ in range(times):
-            self.of(ip).add()
+            self.of(ip).begin()
 
     def shuts_out(self, ip: str) -> bool:
-        return self.of(ip).are_too_many()
+        attempt = self.of(ip)
+        may = attempt.begin()
+        attempt.take_back()
+        return not may
 
 
 @pytest.fixture
@@ -76,6 +79,37 @@ def test_it_is_let_in_again_by_time(table: Table) -> None:
     assert not table.shuts_out("192.0.2.7"), "600 seconds after the first of them"
     table.add("192.0.2.7", 2)
     assert not table.shuts_out("192.0.2.7"), "a new count"
+
+
+def test_attempts_at_the_same_time_count_before_they_have_failed(table: Table) -> None:
+    running = [table.of("192.0.2.7") for _ in range(4)]
+    assert [attempt.begin() for attempt in running] == [True, True, True, False]
+    for attempt in (running[3], running[0], running[0]):  # not begun; right; taken back already
+        attempt.take_back()
+    assert table.of("192.0.2.7").begin(), "one more, and no more than that"
+    assert not table.of("192.0.2.7").begin()
+
+
+def test_what_is_taken_back_leaves_nothing(table: Table) -> None:
+    for _ in range(9):
+        assert not table.shuts_out("192.0.2.7")
+        table.clock += 1
+    table.clock += table.period - 9
+    table.add("192.0.2.7", 3)
+    table.clock += table.period - 1
+    assert table.shuts_out("192.0.2.7"), "the period begins with the first that has failed"
+
+
+def test_one_that_ends_when_its_count_is_over_takes_back_no_other(table: Table) -> None:
+    attempt = table.of("192.0.2.7")
+    attempt.begin()
+    table.clock += table.period
+    table.add("192.0.2.7", 3)
+    attempt.take_back()
+    assert table.shuts_out("192.0.2.7")
+    attempt.begin()
+    attempt.take_back()
+    assert table.shuts_out("192.0.2.7"), "nor one that was not begun"
 
 
 def test_a_clock_that_goes_back_lets_in(table: Table) -> None:
@@ -168,7 +202,7 @@ ADDING = """
 import sys
 from qmail_smtpd_py.authfailures import AuthFailures
 for _ in range(200):
-    AuthFailures(sys.argv[1].encode(), b"192.0.2.7", 5000, 600, print).add()
+    AuthFailures(sys.argv[1].encode(), b"192.0.2.7", 5000, 600, print).begin()
 """
 
 
@@ -241,6 +275,21 @@ def test_a_table_that_is_none_is_left_alone_and_refuses_nobody(
     assert (table.path.read_bytes() if table.path.is_file() else b"") == before
 
 
+def test_a_table_that_was_not_made_to_the_end_is_made(table: Table) -> None:
+    """The disk was full, or the power went: it has its size, and no header."""
+    os.truncate(os.open(table.path, os.O_CREAT | os.O_WRONLY, 0o600), SIZE)
+    table.add("192.0.2.7", 3)
+    assert table.shuts_out("192.0.2.7")
+    assert table.told == []
+
+
+def test_zeros_that_are_no_table_are_left_alone(table: Table) -> None:
+    table.path.write_bytes(bytes(SIZE + 1))
+    table.add("192.0.2.7")
+    assert "not a table of failed attempts" in table.told[0]
+    assert table.path.read_bytes() == bytes(SIZE + 1)
+
+
 def test_what_is_damaged_behind_the_header_does_no_harm(table: Table) -> None:
     table.add("192.0.2.7", 3)
     header = table.path.read_bytes()[:64]
@@ -311,8 +360,35 @@ def test_it_is_off_unless_it_is_asked_for(host: Stage, variables: dict[str, str]
         assert (say(program, RIGHT)[1] or "").startswith("235 ")
 
 
+def test_sessions_at_the_same_time_have_no_more_attempts(host: Stage) -> None:
+    host.control({"authfailtable": f"{host.home}/failures\n", "authfaillimit": "2\n"})
+    begun, gate = host.home / "begun", host.home / "gate"
+    slow = host.tools / "slow"
+    wait = f"until [ -e {gate} ]; do sleep 0.01; done"
+    slow.write_text(f"#!/bin/sh\necho x >> {begun}\n{wait}\nexit 1\n")
+    slow.chmod(0o755)
+    host.arguments(str(slow), "@true")
+    with Program(host) as first, Program(host) as second, Program(host) as third:
+        for program in (first, second):
+            say(program)
+            program.client.send(WRONG + b"\r\n")
+        eventually(lambda: begun.exists() and len(begun.read_text()) == 4, "both are asked")
+        assert say(third, RIGHT)[1] == TOO_OFTEN
+        gate.touch()
+        for program in (first, second):
+            assert program.client.reply() == "535 authentication failed (#5.7.1)"
+
+
+def test_what_is_no_failure_is_taken_back(host: Stage) -> None:
+    host.control({"authfailtable": f"{host.home}/failures\n", "authfaillimit": "1\n"})
+    host.plan("checkpassword", [{"exit": 111}, {"signal": 9}, {"exit": 0}, {"exit": 1}])
+    for code in ("454 oops", "454 oops", "235 ", "535 ", TOO_OFTEN):
+        with Program(host) as program:
+            assert (say(program, RIGHT)[1] or "").startswith(code)
+
+
 def test_variables_come_before_control_files(host: Stage) -> None:
-    table = Table(host.home / "failures")
+    table = Table(host.home / "failures", limit=5)
     table.add("192.0.2.25", 5)
     host.control({"authfailtable": "/nowhere/failures\n", "authfaillimit": "100\n"})
     host.environment({"AUTHFAILTABLE": "failures", "AUTHFAILLIMIT": "5"})

@@ -208,24 +208,6 @@ def test_an_environment_that_no_process_can_have(
     assert check.told == [f"cannot start check program true: {why} (uid {os.geteuid()})"]
 
 
-def test_a_refusal_is_counted_before_the_delay(
-    check: Check, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise a client that hangs up meanwhile, or has many sessions, could try more often."""
-    order: list[object] = []
-    monkeypatch.setattr(checkpassword, "FAILURE_DELAY", 4711)
-    monkeypatch.setattr(
-        checkpassword.time, "sleep", lambda seconds: order.append(seconds) if seconds > 1 else None
-    )
-
-    def count() -> None:
-        order.append("counted")
-
-    answer = checkpassword.authenticate([b"false"], TEXT, ENVIRON, 60, check.told.append, [], count)
-    assert answer is reply.AUTH_FAILED
-    assert order == ["counted", 4711]
-
-
 def test_no_descriptors(check: Check) -> None:
     _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = os.open("/dev/null", os.O_RDONLY)
