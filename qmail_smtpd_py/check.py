@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--env-from",
         metavar="FILE",
-        help="a run file, its directory, or an envdir, to take it from",
+        help="take environment, user and limits from a run file, its directory, or an envdir",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.add_argument(

@@ -69,7 +69,9 @@ def _argument_parser() -> argparse.ArgumentParser:
         if command in (_set, _check):
             subparser.add_argument("--stdin", action="store_true", help="read a line, do not ask")
         if command is _set:
-            subparser.add_argument("--cram", action="store_true", help="keep it for CRAM-MD5, too")
+            subparser.add_argument(
+                "--cram", action="store_true", help="keep the password itself, for CRAM-MD5"
+            )
     return parser
 
 

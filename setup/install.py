@@ -148,9 +148,12 @@ def _pages() -> dict[str, bytes]:
 
 
 def _documents() -> dict[str, bytes]:
-    """What the manual pages and the tools refer to."""
+    """What the manual pages and the tools refer to, with links to where these pages are then."""
     paths = [CHECKOUT / "README.md", CHECKOUT / "CHANGES.md", *CHECKOUT.glob("docs/*.md")]
-    return {str(path.relative_to(CHECKOUT)): path.read_bytes() for path in paths}
+    return {
+        str(path.relative_to(CHECKOUT)): path.read_bytes().replace(b"](man/", b"](man/man8/")
+        for path in paths
+    }
 
 
 def _services(prefix: Path) -> dict[str, bytes]:
