@@ -139,15 +139,16 @@ def _check_key(path: str, text: bytes) -> None:
 def _why_no_pair(text: bytes) -> str:
     """What to do about a key that is not that of the first certificate."""
     from cryptography import x509
-    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
-        key = load_pem_private_key(_private_key(text), None).public_key()
-        for place, certificate in enumerate(x509.load_pem_x509_certificates(text), 1):
-            if certificate.public_key() == key:
-                return f"; the key is that of certificate {place} in it, which has to be the first"
-    except (TypeError, ValueError, UnsupportedAlgorithm):
+        with _Parsing():
+            key = load_pem_private_key(_private_key(text), None).public_key()
+            for place, certificate in enumerate(x509.load_pem_x509_certificates(text), 1):
+                if certificate.public_key() == key:
+                    its = f"certificate {place} in it, which has to be the first"
+                    return f"; the key is that of {its}"
+    except ValueError:
         return "; a certificate or the key is damaged"
     return "; the key is that of no certificate in it"
 
@@ -166,7 +167,8 @@ def revocation_lists(text: bytes) -> list[x509.CertificateRevocationList]:
     from cryptography import x509
 
     end = b"-----END X509 CRL-----"
-    return [x509.load_pem_x509_crl(one + end) for one in text.split(end)[:-1]]
+    with _Parsing():
+        return [x509.load_pem_x509_crl(one + end) for one in text.split(end)[:-1]]
 
 
 def same_type(path: str, other: str) -> bool:
@@ -178,9 +180,20 @@ def same_type(path: str, other: str) -> bool:
 
 def _type_of_certificate(path: str) -> type:
     from cryptography import x509
-    from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
-        return type(x509.load_pem_x509_certificate(read(path)).public_key())
-    except (ValueError, UnsupportedAlgorithm) as error:
+        with _Parsing():
+            return type(x509.load_pem_x509_certificate(read(path)).public_key())
+    except ValueError as error:
         raise TlsError(f"{path}: {error}") from None
+
+
+class _Parsing:
+    """Has whatever cryptography makes of what is in a file be a ValueError, as not all of it is."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (MemoryError, TlsError)):
+            raise ValueError(str(error)) from None

@@ -157,7 +157,7 @@ class Channel:
         return None, "contains no email address"
 
 
-VERIFY_ERRORS = {
+_VERIFY_ERRORS = {
     3: "unable to get certificate CRL",
     9: "certificate is not yet valid",
     10: "certificate has expired",
@@ -169,15 +169,22 @@ VERIFY_ERRORS = {
     23: "certificate revoked",
     26: "unsuitable certificate purpose",
 }
-"""What a verify error means (openssl-verification-options(1), X509_STORE_CTX_get_error(3))."""
+"""OpenSSL 3.0's words for the usual errors: clients are told them, and other versions differ."""
 
 
 def note_problem(connection: Any, certificate: Any, code: int, depth: int, ok: int) -> bool:
     """Note what is wrong with a client certificate, and let the handshake go on."""
     if not ok:
-        problem = VERIFY_ERRORS.get(code, f"certificate verify error {code}")
-        connection.get_app_data().problems.append(problem)
+        connection.get_app_data().problems.append(_VERIFY_ERRORS.get(code) or _words_for(code))
     return True
+
+
+def _words_for(code: int) -> str:
+    """What OpenSSL says of a verify error (X509_STORE_CTX_get_error(3))."""
+    from cryptography.hazmat.bindings.openssl.binding import Binding
+
+    words: bytes = Binding.ffi.string(Binding.lib.X509_verify_cert_error_string(code))
+    return words.decode()
 
 
 class ClientChannel(Channel):

@@ -84,7 +84,8 @@ class Context:
             self._ask_for_certificate()
         context.set_alpn_select_callback(_choose_protocol)
         if certificate == SERVER_CERTIFICATE and os.path.exists(BY_NAME):
-            context.set_tlsext_servername_callback(NamedContexts(policy).choose)
+            named = NamedContexts(policy, self.warnings)
+            context.set_tlsext_servername_callback(named.choose)
 
     def channel(self) -> Channel:
         """The server's end of a connection."""
@@ -163,9 +164,9 @@ class Context:
         if signature(REVOCATIONS) is not None:  # one that can not be reached is there
             try:
                 self._load_revocations()
-            except (TlsError, ValueError, self._library.Error) as error:
+            except (TlsError, ValueError) as error:
                 # Who was revoked is not known: nobody's certificate can count.
-                why = str(error) if isinstance(error, TlsError) else f"{REVOCATIONS}: {error}"
+                why = _told_of(REVOCATIONS, error)
                 self.warnings.append(f"{why}; no client certificate counts")
                 return
         self.ssl.set_verify(self._library.VERIFY_PEER, note_problem)
@@ -173,19 +174,26 @@ class Context:
     def _load_revocations(self) -> None:
         from OpenSSL import crypto
 
+        store = self.ssl.get_cert_store()
+        assert store is not None  # a context has one
+        # First of all: a connection that another context asks for a certificate can come to this
+        # one (NamedContexts), where without a list nobody's is to count.
+        store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
         lists = certificates.revocation_lists(certificates.read(REVOCATIONS))
         if not lists:
             raise ValueError("no certificate revocation list in it")
-        store = self.ssl.get_cert_store()
-        assert store is not None  # a context has one
-        for revoked in lists:
-            store.add_crl(revoked)
-        store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
+        try:
+            for revoked in lists:
+                store.add_crl(revoked)
+        except crypto.Error as error:
+            raise ValueError(reason(error)) from None
 
 
 def _told_of(path: str, error: Exception) -> str:
-    """What to tell of a file: our own words have its name, OpenSSL's have not."""
-    return str(error) if isinstance(error, TlsError) else f"{path}: {reason(error)}"
+    """What to tell of a file: our own words have its name, a library's have not."""
+    if isinstance(error, TlsError):
+        return str(error)
+    return f"{path}: {error if isinstance(error, ValueError) else reason(error)}"
 
 
 def sort_ciphers(ciphers: Sequence[bytes]) -> tuple[list[bytes], list[bytes], list[bytes]]:
@@ -241,8 +249,9 @@ class NamedContexts:
 
     MOST = 100
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, told: Sequence[str] = ()) -> None:
         self._policy = policy
+        self._told = told  # of the default, so that nobody has to hear of it again
         self._kept: dict[str, tuple[object, Context | None, list[str]]] = {}
 
     def choose(self, connection: Any) -> None:
@@ -273,8 +282,7 @@ class NamedContexts:
         try:
             certificates.check(path)
             context = Context(self._policy, path)
-            # What the policy has that is wrong was told of the default already.
-            wrong = [text for text in context.warnings if text.startswith(BY_NAME)]
+            wrong = [text for text in context.warnings if text not in self._told]
         except TlsError as error:
             wrong = [f"{error}; the default is served"]
         except MemoryError:  # nothing may be raised into OpenSSL

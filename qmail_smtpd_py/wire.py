@@ -137,8 +137,10 @@ class Wire:
         while True:
             try:
                 done = channel.handshake()
-            finally:
-                self._send(channel.pending())
+            except Exception:
+                self._send_last(channel.pending())  # an alert; why it failed is the news
+                raise
+            self._send(channel.pending())
             if done:
                 return
             channel.feed(self._receive(deadline - time.monotonic()))
@@ -146,11 +148,15 @@ class Wire:
     def close(self) -> None:
         """End TLS, if it is on, with a close_notify; leave the descriptors as they were."""
         if self._tls is not None:
-            try:
-                self._write_piece(self._tls.close())
-            except OSError:
-                pass  # a client that is gone, or takes nothing, is not waited for
+            self._send_last(self._tls.close())
         self._restore()
+
+    def _send_last(self, data: bytes) -> None:
+        """Send what ends TLS; a client that is gone, or takes nothing, is not waited for."""
+        try:
+            self._write_piece(data)
+        except OSError:
+            pass
 
     def _restore(self) -> None:
         if self._was_blocking:

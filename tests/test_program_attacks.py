@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import re
+import signal
 import socket
 import ssl
 import time
@@ -155,6 +156,28 @@ def test_old_versions_are_refused(host: Stage, version: str) -> None:
         assert client.handshake(context) == "fail"
         assert program.wait() == 1
     assert b'tls ip=192.0.2.25 result=failed why="unsupported protocol"' in program.log
+
+
+@pytest.mark.tls
+def test_why_a_handshake_failed_is_told_though_the_client_is_gone(host: Stage) -> None:
+    """Its end is a reset, so that the alert can not leave."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("AES128-SHA:@SECLEVEL=0")
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    theirs = context.wrap_bio(incoming, outgoing)
+    with Program(host, tcp) as program:
+        client = greeted(program)
+        assert client.command(b"STARTTLS") == "220 ready for tls"
+        with pytest.raises(ssl.SSLWantReadError):
+            theirs.do_handshake()
+        program.signal(signal.SIGSTOP)
+        client.connection.write(outgoing.read())
+        client.connection.reset()
+        program.signal(signal.SIGCONT)
+        assert program.wait() == 1
+    assert b'result=failed why="no shared cipher"' in program.log
 
 
 @pytest.mark.tls

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from binascii import a2b_base64, b2a_base64
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ SSL = pytest.importorskip("OpenSSL.SSL")
 from e2e.certificates import Certificate  # noqa: E402
 
 from qmail_smtpd_py import tls  # noqa: E402
+from qmail_smtpd_py.channel import Channel  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "conformance" / "fixtures"
 CLIENTS = [b"alice@clients.example", b"dave@clients.example"]
@@ -27,8 +29,22 @@ LISTS = {
     "twice": CRL + CRL,
     "with text around it": b"issued today\n" + CRL + b"\nend\n",
 }
+
+
+def altered(old: bytes, new: bytes) -> bytes:
+    """The list with some of its octets changed, as it is in DER."""
+    lines = CRL.split(b"\n")
+    begin, end = lines.index(b"-----BEGIN X509 CRL-----"), lines.index(b"-----END X509 CRL-----")
+    der = a2b_base64(b"".join(lines[begin + 1 : end]))
+    assert old in der
+    text = b2a_base64(der.replace(old, new, 1))
+    return b"\n".join([lines[begin], text.strip(), lines[end], b""])
+
+
 BROKEN = {
     "empty": b"",
+    "of no version": altered(b"\x02\x01\x01", b"\x02\x01\x00"),
+    "an issuer that is no text": altered(b"known", b"\xff\xfe\xfdwn"),
     "no list": b"nothing revoked\n",
     "cut off": CRL[: len(CRL) // 2],
     "not base64": CRL.replace(b"M", b"!"),
@@ -48,12 +64,18 @@ def home(tmp_path, monkeypatch):
 
 def certified(certificate: str) -> bytes | None:
     """The address that a client with the certificate is known by after a handshake."""
-    channel = tls.Context(tls.Policy(ask_client=True)).channel()
+    return handshake(tls.Context(tls.Policy(ask_client=True)).channel(), certificate)
+
+
+def handshake(channel: Channel, certificate: str, name: bytes = b"") -> bytes | None:
+    """The same, by this end of ours, and for a client that asks for a name."""
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.use_certificate_chain_file(os.fspath(FIXTURES / certificate))
     context.use_privatekey_file(os.fspath(FIXTURES / certificate))
     client = SSL.Connection(context, None)
     client.set_connect_state()
+    if name:
+        client.set_tlsext_host_name(name)
     for _ in range(4):
         try:
             client.do_handshake()
@@ -98,6 +120,21 @@ def test_a_certificate_that_the_library_has_a_warning_for(home, tmp_path):
 def test_with_a_list_that_can_not_be_reached_nobody_counts(home):
     (home / "control" / "clientcrl.pem").symlink_to("clientcrl.pem")
     assert certified("client-alice.pem") is None
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_list_that_breaks_while_a_client_asks_for_a_name(home, text):
+    """Its certificate is asked for by one context, and looked at by that of the name."""
+    revocations = home / "control" / "clientcrl.pem"
+    revocations.write_bytes(CRL)
+    named = home / "control" / "servercerts" / "mx.example.net"
+    named.mkdir(parents=True)
+    shutil.copy(FIXTURES / "server-rsa.pem", named / "servercert.pem")
+    channel = tls.Context(tls.Policy(ask_client=True)).channel()
+    revocations.write_bytes(text)
+    assert handshake(channel, "client-revoked.pem", b"mx.example.net") is None
+    (warning,) = channel.notes.warnings
+    assert warning.startswith("control/clientcrl.pem: ")
 
 
 def test_without_a_list_nobody_is_revoked(home):

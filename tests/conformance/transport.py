@@ -12,6 +12,7 @@ import fcntl
 import os
 import select
 import socket
+import struct
 import termios
 import time
 from typing import Callable
@@ -86,6 +87,11 @@ class SocketConnection(Connection):
             pass  # the peer has closed it
 
     def close(self) -> None:
+        self._socket.close()
+
+    def reset(self) -> None:
+        """Close by a reset: what the peer writes from now on is an error to it."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
 
