@@ -75,7 +75,9 @@ class PasswordHash:
         _, _, costs, salt, digest = text.split(b"$")
         ln, r, p = (int(cost.rpartition(b"=")[2]) for cost in costs.split(b","))
         parsed = cls(a2b_base64(salt + b"=="), a2b_base64(digest + b"=="), ln, r, p)
-        bounded = 1 <= ln <= 20 and 1 <= p <= 16 and 0 < 128 * r << ln <= MEMORY_LIMIT
+        bounded = 1 <= ln <= 20 and 1 <= p <= 16 and r > 0
+        # Beside the 2**ln blocks there are p, more than once: these are to be few.
+        bounded = bounded and 128 * r * max(1 << ln, 16 * p) <= MEMORY_LIMIT
         if not (bounded and len(parsed.salt) >= 8 and 16 <= len(parsed.digest) <= 64):
             raise ValueError("cost or length out of bounds")
         return parsed
@@ -137,7 +139,7 @@ class User:
         return b":".join(fields)
 
 
-# What an unknown user is checked against: the work is the same, the result does not matter.
+# What an unknown user of an empty file is checked against: the result does not matter.
 _NOBODY = User(b"", PasswordHash(bytes(16), bytes(32)), b"")
 
 
@@ -180,18 +182,19 @@ class UsersFile:
 
     def accepts_password(self, name: bytes, password: bytes) -> bool:
         """Whether this is the user's password; takes as long for a user that is not known."""
-        matches = self.users.get(name, _NOBODY).password_hash.matches(password)
-        return matches and name in self.users
+        user = self.users.get(name)
+        some_user = user or next(iter(self.users.values()), _NOBODY)
+        return some_user.password_hash.matches(password) and user is not None
 
     def accepts_digest(self, name: bytes, challenge: bytes, digest: bytes) -> bool:
         """Whether this is the user's CRAM-MD5 digest, in hexadecimal (RFC 2195 section 2)."""
-        secret = self.users.get(name, _NOBODY).cram_secret
-        known = name in self.users and secret is not None
+        user = self.users.get(name)
+        secret = user.cram_secret if user else None
         try:
             right = hmac.new(secret or b"", challenge, "md5").hexdigest().encode()
         except ValueError:
             raise Trouble("CRAM-MD5 can not be checked: OpenSSL has no MD5 here") from None
-        return hmac.compare_digest(right, digest.lower()) and known
+        return hmac.compare_digest(right, digest.lower()) and secret is not None
 
 
 def checked_name(name: bytes) -> bytes:

@@ -101,7 +101,9 @@ class Installed:
     def _save(self) -> None:
         if self.digests:
             lines = [f"{digest}  {name}\n" for name, digest in sorted(self.digests.items())]
-            self._list.write_text("".join(lines))
+            new = self._list.with_name("installed.new")
+            new.write_text("".join(lines))
+            new.replace(self._list)
         else:
             self._list.unlink()
 

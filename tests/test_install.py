@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from importlib.util import cache_from_source
+from importlib.util import cache_from_source, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -358,3 +358,24 @@ def test_the_way_to_it_and_back(stage: Stage, qmail: Path, prefix: Path) -> None
     assert session(stage, program) == b"220 netqmail\n"
     assert program.read_bytes() == theirs
     assert [path.name for path in (qmail / "bin").iterdir()] == ["qmail-smtpd"]
+
+
+def test_the_list_of_what_is_ours_is_whole_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_from_file_location("install", ROOT / "setup" / "install.py")
+    assert spec and spec.loader
+    install = module_from_spec(spec)
+    spec.loader.exec_module(install)
+    install.Installed(tmp_path).put("man/a.8", b"a", 0o644)
+    write = Path.write_text
+
+    def write_half(path: Path, text: str) -> None:
+        write(path, text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="No space"):
+        install.Installed(tmp_path).put("man/b.8", b"b", 0o644)
+    monkeypatch.undo()
+    assert install.Installed(tmp_path).is_unchanged("man/a.8")

@@ -413,6 +413,26 @@ def talk(home, arguments, *answers):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen
 
 
+@pytest.mark.parametrize("costs", [b"ln=1,r=262144,p=16", b"ln=1,r=65536,p=16", b"ln=16,r=9,p=1"])
+def test_costs_that_take_more_memory_than_the_limit(costs: bytes) -> None:
+    with pytest.raises(ValueError, match="out of bounds"):
+        PasswordHash.parse(CHEAP.replace(b"ln=4,r=8,p=1", costs))
+
+
+def test_an_unknown_user_costs_what_those_in_the_file_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    users = UsersFile(b"alice:" + CHEAP + b"\n")
+    costs = []
+
+    def derive(asked: PasswordHash, password: bytes) -> bytes:
+        costs.append((asked.ln, asked.r, asked.p))
+        return asked.digest
+
+    monkeypatch.setattr(PasswordHash, "derive", derive)
+    assert users.accepts_password(b"alice", b"x")
+    assert not users.accepts_password(b"eve", b"x"), "though the hash is right"
+    assert costs == [(4, 8, 1)] * 2
+
+
 def test_the_terminal_is_asked_twice_and_shows_nothing(home):
     status, seen = talk(home, ["set", "alice"], "süß\n".encode(), "süß\n".encode())
     assert status == 0
