@@ -33,13 +33,18 @@ from . import (
 )
 from .control import CachedControlFiles
 from .effects import ControlError
+from .oomscore import OomScore
 from .options import NAME, USAGE, Options, StartError, UsageError
-from .prefork import Place, Pool
+from .prefork import Employer, Place, Pool
 from .process import environment, fill_descriptors, give_no_tickets
 from .smtpd import Resources
 from .successor import Successor
 from .warmup import WarmUp
 from .worker import Helper, Service, Worker
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _SIGNALS = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM,
@@ -61,6 +66,7 @@ class Listener:
         if not options.helper:
             sockets.set_no_delay(self._socket, options.no_delay)
         self._socket.setblocking(False)
+        self._log = log.Log()
         self._stop_at: float | None = None
         self._signals: list[int] = []
 
@@ -80,7 +86,7 @@ class Listener:
         port: int = self._socket.getsockname()[1]
         return port
 
-    def run(self) -> None:
+    def run(self, score: OomScore) -> None:
         """Serve until a signal says stop, and then until the last session is over."""
         options = self._options
         if options.helper:
@@ -89,25 +95,18 @@ class Listener:
         service = self._load()
         warm_up = WarmUp(service, options.max_age)
         hear, wake = self._catch_signals()
-        pool = Pool(
-            options.limit,
-            options.idle,
-            2 * options.idle,
-            lambda place: self._worker(service, place).run,
-            warm_up.prepare,
-            self._tell,
-            self._tell_end,
-            parents_own=(hear, wake),
-        )
+        staff = Staff(options, self._socket, service, warm_up)
+        staff.own_descriptors = (hear, wake)
+        pool = Pool(options.limit, options.idle, staff, score, hear)
         pool.adopt(self._heritage.workers)
         if service.is_verbose:
-            _complain(f"status: 0/{options.limit}")
+            self._tell(f"status: 0/{options.limit}")
         while True:
             self._heed_signals(pool, warm_up)
             pool.maintain()
             if pool.board.stopping and not pool.workers:
                 return
-            pool.wait(self._time_left(pool), hear)
+            pool.wait(self._time_left())
 
     def _load(self) -> Service:
         """Load what all workers share, as the user that they will be."""
@@ -139,18 +138,10 @@ class Listener:
     def _tell(self, line: str) -> None:
         """Log a line, unless -q says that nothing is to be told."""
         if self._options.verbosity:
-            _complain(line)
+            self._complain(line)
 
-    def _tell_end(self, pid: int, status: int) -> None:
-        """Log the end of a connection as its worker would have, with -v."""
-        if self._options.verbosity > 1:
-            _complain(f"end {pid} status {status}")
-
-    def _worker(self, service: Service, place: Place) -> Worker:
-        """A worker, before it is forked."""
-        options = self._options
-        kind = Helper if options.helper else Worker
-        return kind(service, self._socket, place, options.max_use, options.max_age)
+    def _complain(self, line: str) -> None:
+        self._log.write_line(f"{NAME}: {line}")
 
     # Signals
 
@@ -182,7 +173,7 @@ class Listener:
                 warm_up.renew()
                 pool.replace_all()
             elif number == signal.SIGALRM:
-                _complain(f"status: {pool.board.busy}/{self._options.limit}")
+                self._complain(f"status: {pool.board.busy}/{self._options.limit}")
         late = 0.0 if self._stop_at is None else time.monotonic() - self._stop_at
         if late > 0:
             pool.signal_all(signal.SIGTERM if late < _KILL_SECONDS else signal.SIGKILL)
@@ -200,7 +191,7 @@ class Listener:
         left = pool.board.busy
         self._tell(f"stopping: {left} connection{'' if left == 1 else 's'} left")
 
-    def _time_left(self, pool: Pool) -> float | None:
+    def _time_left(self) -> float | None:
         """Seconds until sessions are cut; None where none are to be."""
         if self._stop_at is None:
             return None
@@ -236,6 +227,34 @@ class Listener:
             self._tell(f"warning: cannot restart: {what}")
 
 
+class Staff(Employer):
+    """The workers of a listener: what they do, and what is told of them."""
+
+    def __init__(
+        self, options: Options, listener: socket.socket, service: Service, warm_up: WarmUp
+    ) -> None:
+        self._options = options
+        self._listener = listener
+        self._service = service
+        self._warm_up = warm_up
+
+    def employ(self, place: Place) -> Callable[[], None]:
+        options = self._options
+        kind = Helper if options.helper else Worker
+        return kind(self._service, self._listener, place, options.max_use, options.max_age).run
+
+    def prepare(self) -> None:
+        self._warm_up.prepare()
+
+    def tell(self, line: str) -> None:
+        self._service.complain(line)
+
+    def tell_end(self, pid: int, status: int) -> None:
+        """Log the end of a connection as its worker would have, with -v."""
+        if self._service.is_verbose:
+            self._service.complain(f"end {pid} status {status}")
+
+
 def _fill_streams() -> None:
     """Have the streams of the descriptors 0, 1 and 2, which have to be there: the interpreter has
     None for one that was closed when it started, and python-daemon takes that for a stream.
@@ -267,13 +286,6 @@ def _print_port(port: int) -> None:
         pass
 
 
-_LOG = log.Log()
-
-
-def _complain(line: str) -> None:
-    _LOG.write_line(f"{NAME}: {line}")
-
-
 def main() -> int:
     """The program; the exit status is 111 where it could not start, as tcpserver's."""
     afterfork.leave_out()
@@ -291,12 +303,14 @@ def main() -> int:
                 _print_port(listener.port)
             if options.daemon:
                 background.detach(options, listener.descriptor)
+        score = OomScore()
+        if not listener.is_successor:
             _drop_privileges(options)
-        listener.run()
+        listener.run(score)
         if options.daemon:
             background.remove_pid_file(options.pid_file)
     except StartError as error:
-        _complain(f"fatal: {error}")
+        log.Log().write_line(f"{NAME}: fatal: {error}")
         if isinstance(error, UsageError):
             sys.stderr.write(USAGE)
         elif options.daemon:

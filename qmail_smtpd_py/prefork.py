@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import NoReturn
 
+    from .oomscore import OomScore
+
 _EMPTY, _IDLE, _BUSY, _LEAVING = b"\0", b"\1", b"\2", b"\3"
 
 _DEFAULT_IN_WORKERS = (SIGTERM, SIGALRM, SIGCHLD, SIGUSR2)
@@ -147,6 +149,7 @@ class Place:
         self,
         board: Board,
         number: int,
+        *,
         parent: int,
         notify: int,
         lifeline: int,
@@ -191,45 +194,57 @@ class Place:
         return os.getppid() != self._parent
 
 
+class Employer:
+    """What the pool asks of the listener, in the parent but for `employ`'s outcome.
+
+    `own_descriptors` are those that workers are not to have.
+    """
+
+    own_descriptors: tuple[int, ...] = ()
+
+    def employ(self, place: Place) -> Callable[[], None]:
+        """What a worker does in its place until its end."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Workers are going to be forked."""
+        raise NotImplementedError
+
+    def tell(self, line: str) -> None:
+        """Words for the log."""
+        raise NotImplementedError
+
+    def tell_end(self, pid: int, status: int) -> None:
+        """A worker did not live to the end of its connection; `status` is its wait status."""
+        raise NotImplementedError
+
+
 class Pool:
     """The workers, from the parent's side.
 
-    `limit` is the number of connections served at a time, `least_idle` and `most_idle` how many
-    workers wait for the next; `employ` makes, in the parent, what a worker does in its Place until
-    its end; `prepare` runs in the parent before it forks.  `tell` takes words for the log,
-    `tell_end` the process id and wait status of a worker that did not live to the end of its
-    connection; `parents_own` are descriptors that workers are not to have.
+    `limit` is the number of connections served at a time; `idle` is how many workers wait for the
+    next at least, and up to twice as many do.  `signals` is a descriptor that signals wake.
     """
 
     def __init__(
-        self,
-        limit: int,
-        least_idle: int,
-        most_idle: int,
-        employ: Callable[[Place], Callable[[], None]],
-        prepare: Callable[[], None],
-        tell: Callable[[str], None],
-        tell_end: Callable[[int, int], None],
-        parents_own: tuple[int, ...] = (),
+        self, limit: int, idle: int, employer: Employer, score: OomScore, signals: int
     ) -> None:
         self.board = Board(limit)
-        self._least_idle = min(least_idle, limit)
-        self._most_idle = most_idle
-        self._employ = employ
-        self._prepare = prepare
-        self._tell = tell
-        self._tell_end = tell_end
-        self._parents_own = parents_own
+        self._least_idle = min(idle, limit)
+        self._most_idle = 2 * idle
+        self._employer = employer
+        self._score = score
         self._places: dict[int, int] = {}  # by process id
+        self._births: dict[int, float] = {}  # likewise
         self._turns = b""  # as they were when we looked
         self._looked_at = 0.0
-        self._births: dict[int, float] = {}  # likewise
         self._lifeline, self._held = os.pipe()
         self._hear, self._notify = os.pipe()
         os.set_blocking(self._hear, False)
         os.set_blocking(self._notify, False)
         self._poll = select.poll()
         self._poll.register(self._hear, select.POLLIN)
+        self._poll.register(signals, select.POLLIN)
         self._pid = os.getpid()
         self._crashes = 0  # in a row, of workers that could not work at all
         self._owes_one = False
@@ -261,7 +276,7 @@ class Pool:
             return
         wanted = min(self._wanted(was_short), self.board.count(_EMPTY))
         if wanted:
-            self._prepare()
+            self._employer.prepare()
             gc.freeze()  # the children leave what is there alone, and its pages stay shared
             self._fork(wanted)
 
@@ -294,15 +309,14 @@ class Pool:
         stuck = sum(state == _BUSY[0] and old == new for state, old, new in turns)
         return 2 * stuck < states.count(_BUSY)
 
-    def wait(self, longest: float | None, signals: int) -> None:
-        """Sleep until there is something to do; `signals` is the descriptor that they wake."""
+    def wait(self, longest: float | None) -> None:
+        """Sleep until there is something to do, but for no more than so many seconds."""
         now = time.monotonic()
         waits = [longest] if longest is not None else []
         if self._fork_at > now and not self.board.stopping:
             waits.append(self._fork_at - now)
         if self.board.is_looking:
             waits.append(max(0.0, self._looked_at + _TICK - now))
-        self._poll.register(signals, select.POLLIN)
         for descriptor, _ in self._poll.poll(min(waits) * 1000 + 1 if waits else None):
             try:
                 os.read(descriptor, 4096)
@@ -316,7 +330,7 @@ class Pool:
         try:
             lifeline, held = os.pipe()
         except OSError as error:
-            self._tell(f"warning: cannot replace workers: {error.strerror}")
+            self._employer.tell(f"warning: cannot replace workers: {error.strerror}")
             return
         self.board.next_epoch()
         os.close(self._held)
@@ -360,7 +374,7 @@ class Pool:
             self._crashes = 0 if has_worked else self._crashes + 1
             self.board.mark(place, _EMPTY)
             if status and was_busy:
-                self._tell_end(pid, status)
+                self._employer.tell_end(pid, status)
             if status and not self.board.stopping:
                 self._note_crash(pid, status)
 
@@ -375,7 +389,7 @@ class Pool:
             delay = min(_CRASH_DELAY * 2**exponent, _LONGEST_CRASH_DELAY)
             self._fork_at = time.monotonic() + delay
             how += f"; no new ones for {delay:g} s"
-        self._tell(f"warning: worker {pid} {how}")
+        self._employer.tell(f"warning: worker {pid} {how}")
 
     def _fork(self, number: int) -> None:
         """Start so many workers; there have to be places for them.
@@ -383,15 +397,13 @@ class Pool:
         What they need is made before the first is there: after a fork each page of the parent is
         shared, and what it writes to until the next is copied.
         """
-        pipes, idle = (self._notify, self._lifeline), (self._least_idle, self._most_idle)
         places, works = [], []
         for _ in range(number):
             place = self.board.free_place()
             self.board.mark(place, _IDLE)
             places.append(place)
             # Here, as the epoch that counts is that of the lifeline: later there may be another.
-            its_own = Place(self.board, place, self._pid, *pipes, *idle)
-            works.append(self._employ(its_own))
+            works.append(self._employer.employ(self._place(place)))
         pids = self._fork_for(works)
         now = time.monotonic()
         for pid, place in zip(pids, places):
@@ -401,12 +413,25 @@ class Pool:
         for place in places[len(pids) :]:
             self.board.mark(place, _EMPTY)
 
+    def _place(self, number: int) -> Place:
+        return Place(
+            self.board,
+            number,
+            parent=self._pid,
+            notify=self._notify,
+            lifeline=self._lifeline,
+            least_idle=self._least_idle,
+            most_idle=self._most_idle,
+        )
+
     def _fork_for(self, works: Iterable[Callable[[], None]]) -> list[int]:
         """The process ids of workers for as many of these as can be forked for, the first ones."""
-        tell, parents_own = self._tell, (self._hear, self._held, *self._parents_own)
+        own = (*self._employer.own_descriptors, *self._score.descriptors)
+        tell, parents_own = self._employer.tell, (self._hear, self._held, *own)
         pids = []
         # Or a signal could come to a child that has the parent's handlers yet, and be lost.
         pthread_sigmask(SIG_BLOCK, _DEFAULT_IN_WORKERS)
+        self._score.raise_for_children()
         try:
             for work in works:
                 pid = fork()
@@ -414,9 +439,10 @@ class Pool:
                     _become_worker(work, tell, parents_own)
                 pids.append(pid)
         except OSError as error:
-            self._tell(f"warning: cannot fork: {error.strerror}")
+            self._employer.tell(f"warning: cannot fork: {error.strerror}")
             self._fork_at = time.monotonic() + 1
         finally:
+            self._score.restore()
             pthread_sigmask(SIG_UNBLOCK, _DEFAULT_IN_WORKERS)
         return pids
 
@@ -438,26 +464,9 @@ def _become_worker(
         set_wakeup_fd(-1)
         for descriptor in parents_own:
             close(descriptor)
-        _be_the_first_to_go()
         work()
         status = 0
     except Exception as error:  # a defect: what it was, without a traceback
         tell(f"fatal: {where(error)}")
     finally:
         _exit(status)
-
-
-def _be_the_first_to_go() -> None:
-    """Where memory runs out for all, have the kernel kill a worker, which is replaced, and not the
-    parent, with which the service would end (proc(5)).
-    """
-    try:
-        descriptor = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
-    except OSError:
-        return
-    try:
-        os.write(descriptor, b"200")
-    except OSError:
-        pass  # it is more already
-    finally:
-        close(descriptor)

@@ -79,8 +79,20 @@ def rehearse(service: Service) -> None:
                 if time.monotonic() > until:
                     raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
                 _look_up(service.rules)
-                place = Place(Board(1), 0, os.getppid(), nowhere, lifeline, 0, 1)
-                Worker(stage, listener, place, 1, _SECONDS).run()
+                Worker(stage, listener, _place(nowhere, lifeline), 1, _SECONDS).run()
+
+
+def _place(nowhere: int, lifeline: int) -> Place:
+    """A worker's place, in a pool of its own that nobody looks after."""
+    return Place(
+        Board(1),
+        0,
+        parent=os.getppid(),
+        notify=nowhere,
+        lifeline=lifeline,
+        least_idle=0,
+        most_idle=1,
+    )
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ class Worker:
     ) -> None:
         self._service = service
         self._listener = listener
-        self._family = super(socket.socket, listener).family  # a number
+        self._family = int(listener.family)
         self._place = place
         self._most = most
         self._until = time.monotonic() + oldest

@@ -27,6 +27,7 @@ from listener.listening import (
     Tcp,
     children,
     eventually,
+    oom_score,
     program,
     wait_for_death,
 )
@@ -90,6 +91,9 @@ def test_rights_are_given_up_for_good(
         eventually(lambda: listener.workers, "there are workers")
         for pid in (listener.pid, *listener.workers):
             assert rights(pid) == none_but(user)
+        ours = oom_score(os.getpid())
+        eventually(lambda: oom_score(listener.pid) == ours, "the parent has its own again")
+        assert {oom_score(pid) for pid in listener.workers} == {max(200, ours)}
         if how != "helper":
             quit_(listener.greeted())
             listener.signal(signal.SIGUSR2)

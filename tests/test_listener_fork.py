@@ -170,7 +170,7 @@ def test_a_stranger_who_finds_the_port_of_a_rehearsal(
 
 SIGNALLED = """
 import os, signal, time
-from qmail_smtpd_py import prefork
+from qmail_smtpd_py import oomscore, prefork
 signal.signal(signal.SIGTERM, lambda number, frame: None)
 def fork():
     pid = os.fork()
@@ -178,7 +178,12 @@ def fork():
         os.kill(os.getpid(), signal.SIGTERM)
     return pid
 prefork.fork = fork
-pool = prefork.Pool(1, 1, 1, lambda place: lambda: time.sleep(9), lambda: None, print, print)
+class Employer(prefork.Employer):
+    def employ(self, place):
+        return lambda: time.sleep(9)
+    def prepare(self):
+        pass
+pool = prefork.Pool(1, 1, Employer(), oomscore.OomScore(), os.open("/dev/null", os.O_RDONLY))
 pool.maintain()
 (worker,) = pool.workers
 print(os.waitpid(worker, 0)[1], signal.pthread_sigmask(signal.SIG_BLOCK, []))

@@ -243,6 +243,11 @@ def children(pid: int) -> set[int]:
         return set()
 
 
+def oom_score(pid: int) -> int:
+    """What makes the kernel kill a process before others (proc(5))."""
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
 def listening_on(pid: int) -> set[tuple[str, int]]:
     """The local addresses, as /proc has them, and the ports that a process listens on."""
     inodes = set()
