@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 
-from .options import NAME as LISTENER
+from .chain import LISTENER
 from .rights import obstacle
 
 TYPE_CHECKING = False

@@ -11,6 +11,7 @@ import re
 from . import check_certificates as certificates
 from .certificates import BY_NAME, SERVER_CERTIFICATE, named, second
 from .remedies import MEMORY, explain, remedy_for_a_secret
+from .tls import CLIENT_AUTHORITIES, REVOCATIONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -255,8 +256,6 @@ def _examine_clients(subject: Subject, report: Report) -> None:
         remedy = "put the certificates of the clients' authorities into control/clientca.pem"
         report.warning("tlsclients-alone", what, remedy)
         return
-    number = certificates.examine_authorities(
-        "control/clientca.pem", "control/clientcrl.pem", report
-    )
+    number = certificates.examine_authorities(CLIENT_AUTHORITIES, REVOCATIONS, report)
     text = f"{len(clients)} may relay; authorities: {number}"
     report.fact("tlsclients", text, clients=len(clients), authorities=number)

@@ -42,14 +42,14 @@ class Connection:
         self.local = environ.get(b"TCPLOCALHOST", local_ip)
         self.local_port = environ.get(b"TCPLOCALPORT")
         self.relay_client = environ.get(b"RELAYCLIENT")
-        self.cipher = cipher(environ)
+        self.cipher = cipher_in(environ)
 
     def without_remote(self) -> Connection:
         """The connection as if nothing were known of the client's end."""
         return Connection({b"TCPLOCALHOST": self.local})
 
 
-def cipher(environ: Mapping[bytes, bytes]) -> bytes | None:
+def cipher_in(environ: Mapping[bytes, bytes]) -> bytes | None:
     """The cipher, if the variables that sslserver has from mod_ssl tell of TLS that is as new as
     ours would be; otherwise None.
     """

@@ -12,7 +12,7 @@ import sys
 
 from . import certificates, log, reply
 from .certificates import TlsError
-from .connection import cipher
+from .connection import cipher_in
 from .effects import ControlError
 from .wire import ConnectionLost, HandedOver, TimedOut
 
@@ -110,7 +110,7 @@ class Encryption:
             control, read_fd, write_fd = ucspitls.descriptors(self._environ)
             self.variables = ucspitls.start(control, wire.patience)
             version = self.variables.get(b"SSL_PROTOCOL", b"unknown")
-            name = cipher(self.variables)
+            name = cipher_in(self.variables)
             if name is None:
                 why = f"SSL_PROTOCOL: {log.text(version)} is not TLS 1.2 or newer"
                 raise ucspitls.UcspiError(why)

@@ -63,12 +63,9 @@ def offer(path: bytes, arguments: Sequence[bytes], environ: Mapping[bytes, bytes
         helper.sendall(pack(arguments, environ))
         if helper.recv(1) != READY:
             raise HandoverError("the helper can not do TLS now")
-    except OSError as error:
+    except (OSError, HandoverError) as error:
         helper.close()
-        raise HandoverError(error.strerror or str(error)) from None
-    except HandoverError:
-        helper.close()
-        raise
+        raise HandoverError(getattr(error, "strerror", None) or str(error)) from None
     return Offer(helper)
 
 

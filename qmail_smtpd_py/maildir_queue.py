@@ -22,6 +22,7 @@ line and forge others, and made harmless it would be an address that nobody sent
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal, without its enums
 import os
 import time
 
@@ -30,12 +31,8 @@ from .trace import date
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import signal as _signal
     from collections.abc import Iterator
     from types import FrameType, TracebackType
-else:
-    # What `signal` wraps.  The wrapping, enumerations, costs every message 4 ms.
-    import _signal
 
 # Exit statuses of qmail-queue(8): 11 to 40 are permanent, all others temporary.
 DELIVERED = 0

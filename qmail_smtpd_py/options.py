@@ -178,7 +178,7 @@ def _processes(text: str) -> int:
 def _id(text: str) -> int:
     """A user or group id; the largest number means none (setuid(2))."""
     number = _number(text)
-    if number >= 2**32 - 1:
+    if number >= _LARGEST:
         raise ValueError("not an id")
     return number
 

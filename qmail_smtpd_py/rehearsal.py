@@ -124,18 +124,15 @@ def _stage(service: Service) -> Service:
     look_ups = LookUps()
     look_ups.host = look_ups.ident = False
     look_ups.local_host = b"localhost"
-    return Service(
-        {**kept, **_ENVIRON},
-        arguments,
-        service.resources,
-        look_ups,
+    return service._replace(
+        environ={**kept, **_ENVIRON},
+        arguments=arguments,
+        look_ups=look_ups,
         rules=None,
         proxies=None,
         banner=b"",
         keep_ip_options=False,
         limit=1,
-        is_verbose=service.is_verbose,
-        complain=service.complain,
     )
 
 

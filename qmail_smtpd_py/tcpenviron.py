@@ -10,6 +10,8 @@ import select
 import socket
 import time
 
+from .connection import plain_ip
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,8 +89,7 @@ def environment(
 
 def bare_ip(ip: str) -> str:
     """An address as variables have it: without a zone, and IPv4 in IPv6's clothes as IPv4."""
-    ip = ip.partition("%")[0]
-    return ip[7:] if ip.startswith("::ffff:") and "." in ip else ip
+    return plain_ip(ip.partition("%")[0].encode()).decode()
 
 
 def _name_of(ip: str) -> bytes | None:

@@ -32,12 +32,11 @@ def addresses(ip: bytes, host: bytes | None, info: bytes | None) -> list[bytes]:
         special.append(b"=" + host)
     separator = b":" if b":" in ip else b"."
     prefixes = [ip[: at + 1] for at in range(len(ip) - 1, -1, -1) if ip[at : at + 1] == separator]
-    suffixes = (
-        [b"=" + host[at:] for at in range(1, len(host)) if host[at : at + 1] == b"."]
-        if host
-        else []
-    )
-    return [*special, *prefixes, *suffixes, *([b"="] if host is not None else []), b""]
+    suffixes = []
+    if host is not None:
+        dots = (at for at in range(1, len(host)) if host[at : at + 1] == b".")
+        suffixes = [*(b"=" + host[at:] for at in dots), b"="]
+    return [*special, *prefixes, *suffixes, b""]
 
 
 class Rules:

@@ -20,6 +20,7 @@ memory and nowhere else: no log line, no error text, no argument and no variable
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal, without its enums
 import errno
 import os
 import sys
@@ -28,13 +29,9 @@ from .log import Log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import signal as _signal
     from collections.abc import Callable
 
     from .users_file import User, UsersFile
-else:
-    # What `signal` wraps.  The wrapping, enumerations, costs every check 4 ms.
-    import _signal
 
 REFUSED = 1
 MISUSED = 2

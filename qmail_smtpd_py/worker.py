@@ -14,6 +14,7 @@ import select
 import socket
 import time
 from _socket import socket as Socket  # what socket.socket is made of
+from typing import NamedTuple
 
 from . import handover, log
 from .handover import HandoverError
@@ -49,38 +50,23 @@ _LONGEST_OPTIONS = 40  # octets (ip(7))
 _DENIED, _DROPPED = 100, 111  # the exit statuses of tcpserver's children
 
 
-class Service:
+class Service(NamedTuple):
     """What is served, and to whom; all of it is there before the first worker is forked.
 
     `limit` is the number of connections at a time, for the log; `complain` takes words for it.
     """
 
-    def __init__(
-        self,
-        environ: Mapping[bytes, bytes],
-        arguments: Sequence[bytes],
-        resources: Resources,
-        look_ups: LookUps,
-        *,
-        rules: Rules | None,
-        proxies: Peers | None,
-        banner: bytes,
-        keep_ip_options: bool,
-        limit: int,
-        is_verbose: bool,
-        complain: Callable[[str], None],
-    ) -> None:
-        self.environ = environ
-        self.arguments = arguments
-        self.resources = resources
-        self.look_ups = look_ups
-        self.rules = rules
-        self.proxies = proxies
-        self.banner = banner
-        self.keep_ip_options = keep_ip_options
-        self.limit = limit
-        self.is_verbose = is_verbose
-        self.complain = complain
+    environ: Mapping[bytes, bytes]
+    arguments: Sequence[bytes]
+    resources: Resources
+    look_ups: LookUps
+    rules: Rules | None
+    proxies: Peers | None
+    banner: bytes
+    keep_ip_options: bool
+    limit: int
+    is_verbose: bool
+    complain: Callable[[str], None]
 
 
 class Worker:
