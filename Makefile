@@ -42,16 +42,14 @@ python:
 venv-module: python
 	@PYTHON=$(PYTHON) setup/packages module:ensurepip=python3-venv
 
-# The virtual environment of this checkout: with what the program needs, and with what tests need.
-.venv/run: setup.cfg pyproject.toml | venv-module
+# The virtual environment of this checkout: with what the program needs, or with what tests need, too.
+.venv/run: EXTRAS =
+.venv/test: EXTRAS = [test,lint]
+.venv/run .venv/test: setup.cfg pyproject.toml | venv-module
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet 'pip >= 21.3'
-	.venv/bin/python -m pip install --quiet --editable .
-	@touch $@
-
-.venv/test: .venv/run
-	.venv/bin/python -m pip install --quiet --editable '.[test,lint]'
-	@touch $@
+	.venv/bin/python -m pip install --quiet --editable '.$(EXTRAS)'
+	@touch .venv/run $@
 
 run: .venv/run
 	@setup/packages openssl=openssl

@@ -5,7 +5,7 @@ Each reply of the session is shown to `Conduct`, which counts those that refuse,
     500 501 502 504     no command, or a malformed one; not an AUTH exchange that was canceled
     535                 a failed AUTH attempt; so is one that was refused for those before it
     454 to AUTH         trouble with the check program, which is started anew each time
-    550 553             a recipient that is not taken
+    553                 a recipient that is not taken
 
 Behind the reply that reaches a limit comes a 421 (RFC 5321 section 3.8).  503 and 555 do not count:
 a client that pipelines a hundred recipients behind a MAIL that is refused gets 503 to each.
@@ -50,7 +50,6 @@ _BY_CODE = {
     502: _BAD_COMMAND,
     504: _BAD_COMMAND,
     535: _AUTH_FAILURE,
-    550: _BAD_RECIPIENT,
     553: _BAD_RECIPIENT,
 }
 """What a reply counts as."""

@@ -164,6 +164,7 @@ REQUESTS = {
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03": b"TLS",
     b"SSH-2.0-OpenSSH_9.2p1\r\n": b"SSH",
     b"PROXY TCP4 192.0.2.7 192.0.2.1 1 25\r\nEHLO x\r\n": b'"PROXY protocol"',
+    b"PROXY UNKNOWN\r\n": b'"PROXY protocol"',
     b"\x03\0\0\x13\x0e\xe0\0\0\0\0\0\1\0\x08\0\3\0\0\0": b"RDP",
 }
 

@@ -147,6 +147,7 @@ def test_xtext_of_a_name_gives_the_name(name: bytes) -> None:
     ("xtext", "name"),
     [
         (b"<>", b"unknown"),
+        (b"<>x", b"unknown"),
         (b"", b""),
         (b"e+3dmc2@example.org", b"e=mc2@example.org"),
         (b"a+2bb", b"a+b"),

@@ -9,7 +9,9 @@ import pytest
 from conformance import grammar
 from conformance.world import all_replies, base64, open_session
 
-from qmail_smtpd_py.session import CLOSED, Session
+from qmail_smtpd_py import reply
+from qmail_smtpd_py.conduct import MOST_REFUSALS
+from qmail_smtpd_py.session import CLOSED, LINE_LIMIT, Session
 from qmail_smtpd_py.transaction import RECIPIENTS_LIMIT, Transaction
 
 IN_A_MESSAGE = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<u@here.example>\r\nDATA\r\n"
@@ -189,6 +191,62 @@ def test_the_client_certificate_is_asked_for_once_in_a_session() -> None:
     assert asked == [1]
 
 
+# What is refused, and in which order
+
+
+@pytest.mark.parametrize(
+    "command",
+    [b"HELO x", b"MAIL FROM:<>", b"RCPT TO:<u@here.example>", b"DATA", b"RSET", b"VRFY x", b"HELP"],
+)
+@pytest.mark.parametrize("smtpauth", [None, b"!"])
+def test_no_mail_without_tls_where_that_is_required(command: bytes, smtpauth: bytes) -> None:
+    """And that comes before AUTH, as AUTH needs it."""
+    session, _ = open_session(smtpauth=smtpauth, require_tls=True)
+    assert all_replies(session, command + b"\r\n") == reply.TLS_REQUIRED.render()
+
+
+def test_what_counts_is_the_length_of_the_address_as_it_is_queued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session, world = open_session()
+    monkeypatch.setattr(world, "localize", lambda address: address + b"x" * 899)
+    assert grammar.codes(all_replies(session, b"MAIL FROM:<a@example.com>\r\n")) == [555]
+
+
+def test_a_message_that_loops_and_is_too_big() -> None:
+    session, _ = open_session(databytes=10)
+    all_replies(session, IN_A_MESSAGE)
+    hops = b"Received: x\r\n" * 101
+    assert grammar.codes(all_replies(session, hops + b"\r\n.\r\n")) == [554]
+
+
+def test_the_longest_command_line() -> None:
+    session, _ = open_session()
+    assert LINE_LIMIT == 16384
+    for octets, code in ((16384, 250), (16385, 500)):
+        line = b"NOOP ".ljust(octets, b"x") + b"\r\n"
+        assert grammar.codes(all_replies(session, line)) == [code]
+
+
+def test_what_is_pipelined_behind_a_message_is_not_obeyed_at_once() -> None:
+    session, _ = open_session()
+    all_replies(session, IN_A_MESSAGE)
+    assert grammar.codes(session.receive(b"x\r\n.\r\nNOOP\r\n")) == [250]
+    assert session.is_paused
+    assert grammar.codes(session.receive(b"")) == [250]
+
+
+def test_mail_that_is_refused_counts_among_the_refusals_and_what_is_taken_is_always_told() -> None:
+    session, world = open_session()
+
+    def told(result: bytes) -> int:
+        return sum(b"result=" + result in line for line in world.lines)
+
+    for _ in range(303):  # the queue refuses each third one
+        all_replies(session, IN_A_MESSAGE + b"x\r\n.\r\n")
+    assert (told(b"accepted"), told(b"refused")) == (202, MOST_REFUSALS)
+
+
 # AUTH
 
 
@@ -238,6 +296,33 @@ def test_an_exchange_that_is_canceled(cancel: bytes) -> None:
     assert all_replies(session, b"AUTH LOGIN\r\n").startswith(b"334 ")
     canceled = b"501 auth exchange canceled (#5.0.0)\r\n"
     assert all_replies(session, cancel + b"\r\n") == canceled
+
+
+def test_a_star_and_more_is_a_response() -> None:
+    session, _ = open_session()
+    malformed = reply.AUTH_MALFORMED.render()
+    assert all_replies(session, b"AUTH PLAIN\r\n*x\r\n").endswith(b"\r\n" + malformed)
+
+
+def test_a_failed_attempt_has_the_user_in_its_line() -> None:
+    session, world = open_session()
+    all_replies(session, b"AUTH PLAIN " + base64(b"\0eve\0secret") + b"\r\n")
+    assert b" user=eve" in world.lines[-1]
+
+
+def test_auth_without_tls_has_a_line() -> None:
+    session, world = open_session(force_tls=True)
+    all_replies(session, GOOD)
+    assert b"auth result=refused code=538" in world.lines[-1]
+
+
+@pytest.mark.parametrize("answer", [reply.AUTH_TROUBLE, reply.AUTH_NO_CHILD, reply.AUTH_NO_PIPE])
+def test_trouble_with_the_check_program_has_an_end(
+    monkeypatch: pytest.MonkeyPatch, answer: reply.Reply
+) -> None:
+    session, world = open_session()
+    monkeypatch.setattr(world, "authenticate", lambda *_: answer)
+    assert grammar.codes(all_replies(session, GOOD * 30)) == [454] * 20 + [421]
 
 
 @pytest.mark.parametrize(
@@ -314,6 +399,13 @@ def test_a_user_sends_as_nobody_else_where_that_is_asked_for(sender: bytes) -> N
     all_replies(session, b"RSET\r\nSTARTTLS\r\n")
     session.tls_started(b"CIPHER")
     assert all_replies(session, mail) == b"250 ok\r\n", "nobody has, any more"
+
+
+def test_capitals_do_not_matter_for_who_a_user_sends_as(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, world = open_session(force_auth_mail_from=True)
+    monkeypatch.setattr(world, "authenticate", lambda *_: reply.AUTHENTICATED)
+    all_replies(session, b"AUTH PLAIN " + base64(b"\0Joe\0secret") + b"\r\n")
+    assert all_replies(session, b"MAIL FROM:<jOE>\r\n") == b"250 ok\r\n"
 
 
 def test_a_user_may_send_as_anybody_where_nothing_is_asked_for() -> None:

@@ -122,6 +122,7 @@ def test_a_clock_that_goes_back_lets_in(table: Table) -> None:
     ("one", "other", "is_same"),
     [
         ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("2001:db8::1", "2001:db8::ff00:0:0:1", True),
         ("2001:db8::1", "2001:db8:0:1::1", False),
         ("::ffff:192.0.2.7", "192.0.2.7", True),
         ("fe80::1%eth0", "fe80::2%eth1", True),

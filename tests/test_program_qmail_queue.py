@@ -97,12 +97,12 @@ def test_message_and_envelope_arrive_whole(queue: Queue, size: int) -> None:
 
 def test_one_that_ends_while_what_it_started_keeps_the_pipe(queue: Queue) -> None:
     began = time.monotonic()
-    assert queue.deliver("sleep 20 <&0 & exit 53", LARGE) == rendered(53)
+    assert queue.deliver("exec 3<&0; sleep 20 <&3 & exit 53", LARGE) == rendered(53)
     assert time.monotonic() - began < 10
 
 
 def test_giving_up_one_that_ends_while_what_it_started_keeps_the_pipe(queue: Queue) -> None:
-    delivery = queue.start("sleep 20 <&0 & exit 0")
+    delivery = queue.start("exec 3<&0; sleep 20 <&3 & exit 0")
     delivery.write(LARGE)
     delivery.cancel()
     assert queue.left == []

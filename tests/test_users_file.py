@@ -370,7 +370,10 @@ def test_changes_at_the_same_time_are_all_made(home, path):
         for name in names
     ]
     for process in processes:
-        process.communicate(b"sesame\n")
+        process.stdin.write(b"sesame\n")
+        process.stdin.close()
+    for process in processes:
+        process.wait()
     assert [process.returncode for process in processes] == [0] * 8
     assert sorted(load(str(path)).users) == sorted(name.encode() for name in names)
 
@@ -417,6 +420,13 @@ def talk(home, arguments, *answers):
 def test_costs_that_take_more_memory_than_the_limit(costs: bytes) -> None:
     with pytest.raises(ValueError, match="out of bounds"):
         PasswordHash.parse(CHEAP.replace(b"ln=4,r=8,p=1", costs))
+
+
+def test_a_digest_that_differs_in_its_last_octet_only() -> None:
+    right = PasswordHash.of(b"sesame")
+    wrong = PasswordHash(right.salt, right.digest[:-1] + bytes([right.digest[-1] ^ 1]))
+    assert right.matches(b"sesame")
+    assert not wrong.matches(b"sesame")
 
 
 def test_an_unknown_user_costs_what_those_in_the_file_cost(monkeypatch: pytest.MonkeyPatch) -> None:

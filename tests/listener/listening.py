@@ -111,6 +111,7 @@ class Listening:
 
     def _start(self, stage: Stage, words: list[str], popen: dict[str, object]) -> None:
         self._ended = 0
+        self._known: set[str] = set()
         self._process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -151,8 +152,15 @@ class Listening:
 
     @property
     def _is_rehearsing(self) -> bool:
-        """Whether it has a port beside its own."""
-        return bool({port for _, port in listening_on(self.pid)} - {self.port})
+        """Whether it has a port beside its own; the tables of all sockets are read only where it
+        has a socket that is not known yet.
+        """
+        unknown = sockets(self.pid) - self._known
+        if not unknown:
+            return False
+        listening = listening_sockets()
+        self._known |= {inode for inode in unknown if listening.get(inode, ("", 0))[1] == self.port}
+        return any(inode in listening for inode in unknown - self._known)
 
     def signal(self, number: int) -> None:
         """Send the parent a signal."""
@@ -248,23 +256,36 @@ def oom_score(pid: int) -> int:
     return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
-def listening_on(pid: int) -> set[tuple[str, int]]:
-    """The local addresses, as /proc has them, and the ports that a process listens on."""
+def sockets(pid: int) -> set[str]:
+    """The inodes of the sockets that a process has open."""
     inodes = set()
     with contextlib.suppress(FileNotFoundError):
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
+        for entry in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(FileNotFoundError):  # a file that it had open for a moment
-                target = os.readlink(entry)
+                target = os.readlink(f"/proc/{pid}/fd/{entry}")
                 if target.startswith("socket:["):
                     inodes.add(target[8:-1])
-    found = set()
+    return inodes
+
+
+def listening_sockets() -> dict[str, tuple[str, int]]:
+    """Of each socket of this host that listens, by its inode: the address, as /proc has it, and
+    the port.
+    """
+    found = {}
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
+            fields = line.split(None, 10)
+            if fields[3] == "0A":
                 address, port = fields[1].split(":")
-                found.add((address, int(port, 16)))
+                found[fields[9]] = address, int(port, 16)
     return found
+
+
+def listening_on(pid: int) -> set[tuple[str, int]]:
+    """The local addresses, as /proc has them, and the ports that a process listens on."""
+    listening = listening_sockets()
+    return {listening[inode] for inode in sockets(pid) if inode in listening}
 
 
 def refusal(stage: Stage, *words: str, **popen: object) -> tuple[int, str]:
