@@ -276,7 +276,7 @@ def test_workers_that_are_replaced_before_they_have_begun(mx: Stage) -> None:
         last = workers(listener)
         listener.signal(signal.SIGHUP)
         for pid in replaced | last:
-            wait_for_death(pid, 4)
+            wait_for_death(pid)
         quit_(listener.greeted())
     assert "warning" not in listener.log.text()
 

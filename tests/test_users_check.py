@@ -425,7 +425,7 @@ def test_too_little_memory_is_no_refusal(home):
 
         def confine(limit=limit):
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            resource.setrlimit(resource.RLIMIT_CPU, (20, 20))  # the interpreter may find no end
+            resource.setrlimit(resource.RLIMIT_CPU, (5, 5))  # the interpreter may find no end
 
         done = check_alice(home, preexec_fn=confine)
         if done.returncode and b"checkpassword-users[" not in done.stderr:
