@@ -108,19 +108,19 @@ def _check_pair(path: str, text: bytes) -> None:
     lib, ffi = Binding.lib, Binding.ffi
     context = ffi.gc(lib.SSL_CTX_new(lib.TLS_method()), lib.SSL_CTX_free)
 
-    def reason() -> str:
+    def why() -> str:
         code = lib.ERR_get_error()
         lib.ERR_clear_error()
         if code & _SYSTEM_ERROR:
             return os.strerror(code & ~_SYSTEM_ERROR)
-        text = lib.ERR_reason_error_string(code)
-        return ffi.string(text).decode() if text else "unknown error"
+        words = lib.ERR_reason_error_string(code)
+        return ffi.string(words).decode() if words else "unknown error"
 
     if not lib.SSL_CTX_use_certificate_chain_file(context, path.encode()):
-        raise Unavailable(path, _NO_CERTIFICATE, reason())
+        raise Unavailable(path, _NO_CERTIFICATE, why())
     _check_key(path, text)
     if not lib.SSL_CTX_use_PrivateKey_file(context, path.encode(), lib.SSL_FILETYPE_PEM):
-        raise Unavailable(path, _NO_KEY, reason(), _why_no_pair(text))
+        raise Unavailable(path, _NO_KEY, why(), _why_no_pair(text))
     # A key of another type than the certificate's has a place of its own, and is no error so far.
     if not lib.SSL_CTX_check_private_key(context):
         lib.ERR_clear_error()

@@ -44,7 +44,7 @@ def format_line(event: str, fields: Mapping[str, object]) -> bytes:
         if value is not None:
             octets = value if type(value) is bytes else str(value).encode(*_CODING)
             if not octets or len(octets) > _VALUE_LIMIT or octets.translate(None, _PLAIN):
-                octets = _quote(octets)
+                octets = b'"%s"' % escaped(octets, _QUOTABLE, _VALUE_LIMIT)
             line += b" " + key.encode() + b"=" + octets
     return line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + b'..."'
 
@@ -127,11 +127,10 @@ def where(error: BaseException) -> str:
     return f"{type(error).__name__} at {file} line {trace.tb_lineno}"
 
 
-def _quote(value: bytes) -> bytes:
-    """A value that is not plain, in quotation marks; of one that is too long, its start and its
-    length.
+def escaped(octets: bytes, plain: bytes, most: int) -> bytes:
+    """Octets with `\\xHH` for each that is not among the plain ones; of more than `most`, the
+    first, and how many there were.
     """
-    start = value[:_VALUE_LIMIT]
-    octets = (b"%c" % octet if octet in _QUOTABLE else b"\\x%02x" % octet for octet in start)
-    rest = b"" if len(start) == len(value) else b"...(%d octets)" % len(value)
-    return b'"%s%s"' % (b"".join(octets), rest)
+    start = octets[:most]
+    shown = b"".join(b"%c" % octet if octet in plain else b"\\x%02x" % octet for octet in start)
+    return shown if len(start) == len(octets) else b"%s...(%d octets)" % (shown, len(octets))

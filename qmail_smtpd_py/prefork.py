@@ -92,7 +92,7 @@ class Board:
         self._memory[turn] = (self._memory[turn] + 1) % 256
 
     @property
-    def turns(self) -> tuple[bytes, bytes]:
+    def states_and_turns(self) -> tuple[bytes, bytes]:
         """The states and the turns, a place an octet."""
         return self._memory[_FIRST : self._end], self._memory[self._end :]
 
@@ -165,7 +165,7 @@ class Place:
         self._epoch = board.epoch()
         self._parent = parent
 
-    def busy(self) -> None:
+    def begin(self) -> None:
         """A connection was accepted; the parent is told if too few others wait for the next."""
         self.board.take_turn(self._number)
         if self.board.idle < self._least_idle and not self.board.is_looking:
@@ -174,7 +174,7 @@ class Place:
             except OSError:
                 pass  # full, or ours was restarted: it looks anyway, or need not
 
-    def idle(self) -> None:
+    def end(self) -> None:
         """The connection is over."""
         self.board.mark(self._number, _IDLE)
 
@@ -268,8 +268,8 @@ class Pool:
             self._births[pid] = 0.0
 
     def maintain(self) -> None:
-        """Bury the dead, and fork until enough workers are idle."""
-        self._bury()
+        """Reap the dead, and fork until enough workers are idle."""
+        self._reap()
         was_short = self.board.is_looking
         self.board.look(soon=False)  # before we do: who becomes busy behind our back tells us
         if self.board.stopping or time.monotonic() < self._fork_at:
@@ -304,7 +304,7 @@ class Pool:
         ago: what waits is taken soon.
         """
         before, self._looked_at = self._turns, time.monotonic()
-        states, self._turns = self.board.turns
+        states, self._turns = self.board.states_and_turns
         turns = zip(states, before, self._turns)
         stuck = sum(state == _BUSY[0] and old == new for state, old, new in turns)
         return 2 * stuck < states.count(_BUSY)
@@ -351,7 +351,7 @@ class Pool:
             except ProcessLookupError:
                 pass
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """Take note of the dead.
 
         Who crashed may have been woken for a connection that it did not accept, and the kernel

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import time
 
+from .log import escaped
 from .watched import NOTE, Transcript
 
 TYPE_CHECKING = False
@@ -29,7 +30,7 @@ TO_THE_LOG = b"=log"
 
 _LONGEST_LINE = 1200
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND | os.O_CLOEXEC
-_SHOWN = frozenset(range(32, 127)) - {ord("\\")}
+_PLAIN = bytes(range(32, 127)).replace(b"\\", b"")
 _IN_A_NAME = b"0123456789abcdefABCDEF.:"
 
 _LEFT_OUT = b"the rest is left out"
@@ -98,7 +99,7 @@ class FileTranscript(Transcript):
 
     def _write(self, descriptor: int, who: str, text: bytes) -> None:
         seconds = time.monotonic() - self._begin
-        line = b"+%.3f %s: %s\n" % (seconds, who.encode(), _printable(text))
+        line = b"+%.3f %s: %s\n" % (seconds, who.encode(), escaped(text, _PLAIN, _LONGEST_LINE))
         self._room -= len(line)
         while line:
             line = line[os.write(descriptor, line) :]
@@ -113,10 +114,3 @@ class FileTranscript(Transcript):
         path = os.fsdecode(self._path)
         why = f"cannot write the trace {path}: {error.strerror} (uid {os.geteuid()})"
         self._log("error", {"why": why})
-
-
-def _printable(octets: bytes) -> bytes:
-    """The octets as they stand in a line; of too many, the first, and how many there were."""
-    start = octets[:_LONGEST_LINE]
-    shown = b"".join(b"%c" % octet if octet in _SHOWN else b"\\x%02x" % octet for octet in start)
-    return shown if len(start) == len(octets) else b"%s...(%d octets)" % (shown, len(octets))

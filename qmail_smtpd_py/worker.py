@@ -115,9 +115,9 @@ class Worker:
                     time.sleep(0.1)
                     continue
                 served += 1
-                place.busy()
+                place.begin()
                 status = self._take(connection, remote)
-                place.idle()  # not if that failed: the parent is to see what it died of
+                place.end()  # not if that failed: the parent is to see what it died of
                 if self._service.is_verbose:
                     self._service.complain(f"end {self._pid} status {status << 8}")
                     self._tell_status()

@@ -33,6 +33,7 @@ EDGES_THAT_MEET = {
     ("tls", "certificates"): "a context has them",
     ("tls", "channel"): "the first handshake is one with ourselves",
     ("channel", "certificates"): "one error for all that is TLS",
+    ("transcript", "log"): "octets that are not printable look the same in both",
 }
 
 UPWARDS = {

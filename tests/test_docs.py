@@ -237,6 +237,29 @@ def test_log_events_and_fields_are_described() -> None:
     assert [field for field in sorted(fields) if f"`{field}`" not in described] == []
 
 
+THEIR_WORDS = """
+    ee key too small; ca md too weak; bad base64 decode; Is a directory; Exec format error
+    no shared cipher; unsupported protocol; wrong version number; http request
+    tlsv1 alert unknown ca; alert certificate unknown
+"""
+"""What OpenSSL and the kernel say in our lines."""
+
+
+def test_lines_that_have_a_remedy_are_lines_that_there_are() -> None:
+    """Each word of theirs is somewhere in the code, or not ours."""
+    described = (ROOT / "docs/log.md").read_text()
+    table = described.partition("\n## Line seen, ")[2].partition("\n## ")[0]
+    lines = []
+    for row in table.splitlines():
+        if row.startswith("| `"):
+            lines += re.findall("`(.*?)`", row.split(" | ")[0])
+    assert len(lines) > 60
+    known = set(re.findall(r"[A-Za-z]+", THEIR_WORDS))
+    for module in PACKAGE.glob("*.py"):
+        known |= set(re.findall(r"[A-Za-z]+", module.read_text()))
+    assert [line for line in lines if set(re.findall(r"[A-Za-z]{4,}", line)) - known] == []
+
+
 def is_log(function: ast.AST) -> bool:
     return getattr(function, "attr", "") in ("log", "_log", "_tell", "write")
 
