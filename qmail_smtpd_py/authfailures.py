@@ -9,8 +9,8 @@ Where all slots of a set are in use the one with the fewest failures makes room,
 these, but none that has reached the limit: an address that is shut out can not be let in by the
 failures of others, and where there is no room a failure is not remembered.
 
-An attempt counts as a failure from its beginning, and is taken back when it was none: so attempts
-that run at the same time can not be more than the limit.  One whose process is killed stays.
+Attempts that run at the same time can be more than the limit.  So each is judged when it ends, too:
+where the limit was reached meanwhile its outcome, even a right password, counts for nothing.
 
 Each use opens the file, locks it (flock(2)) and closes it.  Whatever is wrong with it, nobody is
 refused for that: the log is told, and attempts are not counted.
@@ -23,6 +23,7 @@ import fcntl
 import os
 import stat
 import time
+from _blake2 import blake2b  # hashlib loads OpenSSL, which takes longer than the lock may be held
 from _socket import AF_INET, AF_INET6, inet_pton  # socket takes longer to import
 
 TYPE_CHECKING = False
@@ -80,28 +81,27 @@ class AuthFailures:
         self._limit = limit
         self._period = period
         self._tell = tell
-        self._counted = 0  # the time of the slot that our attempt was counted in
 
-    def begin(self) -> bool:
-        """Count an attempt, which has failed unless it is taken back; False, and not counted, where
-        the limit is reached, so that none should be made.
+    def are_too_many(self) -> bool:
+        """Whether the limit is reached, so that no attempt should be made."""
+        return self._use(fcntl.LOCK_SH, self._find) >= self._limit
+
+    def end(self, has_failed: bool) -> bool:
+        """An attempt has ended: count it, if it has failed; False where the limit was reached
+        meanwhile, so that nobody should hear of its outcome.
         """
-        return self._use(self._count) <= self._limit
+        if has_failed:
+            return self._use(fcntl.LOCK_EX, self._count) < self._limit
+        return not self.are_too_many()
 
-    def take_back(self) -> None:
-        """The attempt that was begun has not failed."""
-        if self._counted:
-            self._use(self._uncount)
-            self._counted = 0
-
-    def _use(self, act: Callable[[int, int, bytes], int]) -> int:
+    def _use(self, lock: int, act: Callable[[int, int, bytes], int]) -> int:
         """Act on the open table, the place of the address' set and its mark; 0 without success."""
         if self._who is None:
             return 0
         try:
             descriptor = os.open(self._path, _FLAGS, 0o600)
             try:
-                _lock(descriptor)
+                _lock(descriptor, lock)
                 return act(descriptor, *_place(self._who, _key(descriptor)))
             finally:
                 os.close(descriptor)
@@ -109,14 +109,21 @@ class AuthFailures:
             why = getattr(error, "strerror", None) or str(error)
             name = os.fsdecode(self._path)
             self._tell(f"failed auth attempts not counted: {name}: {why} (uid {os.geteuid()})")
+            self._who = None  # told once is enough
             return 0
 
     def _read(self, descriptor: int, place: int) -> list[Slot]:
         octets = os.pread(descriptor, WAYS * _SLOT, place)
         return [Slot.unpack(octets[at : at + _SLOT]) for at in range(0, len(octets), _SLOT)]
 
+    def _find(self, descriptor: int, place: int, mark: bytes) -> int:
+        """How many failures there are."""
+        now = int(time.time())
+        slots = self._read(descriptor, place)
+        return max((slot.count for slot in slots if self._is(slot, mark, now)), default=0)
+
     def _count(self, descriptor: int, place: int, mark: bytes) -> int:
-        """Count one more; how many there are then, 0 where there is no room."""
+        """Count one more, up to the limit; how many there were."""
         now = int(time.time())
         slots = self._read(descriptor, place)
         chosen = min(slots, key=lambda slot: self._worth(slot, mark, now))
@@ -124,22 +131,11 @@ class AuthFailures:
             if self._is_live(chosen, now) and chosen.count >= self._limit:
                 return 0
             chosen.mark, chosen.since, chosen.count = mark, now, 0
-        elif chosen.count >= self._limit:
-            return self._limit + 1
-        chosen.count += 1
-        os.pwrite(descriptor, chosen.pack(), place + slots.index(chosen) * _SLOT)
-        self._counted = chosen.since
-        return chosen.count
-
-    def _uncount(self, descriptor: int, place: int, mark: bytes) -> int:
-        """Count one less, if the slot is still the one that it was counted in."""
-        slots = self._read(descriptor, place)
-        for number, slot in enumerate(slots):
-            if slot.mark == mark and slot.since == self._counted and slot.count > 0:
-                slot.count -= 1
-                os.pwrite(descriptor, slot.pack(), place + number * _SLOT)
-                break
-        return 0
+        before = chosen.count
+        if before < self._limit:
+            chosen.count += 1
+            os.pwrite(descriptor, chosen.pack(), place + slots.index(chosen) * _SLOT)
+        return before
 
     def _worth(self, slot: Slot, mark: bytes, now: int) -> tuple[int, int]:
         """Sort key of the slot to use: the address' own, free, fewest and oldest failures."""
@@ -169,12 +165,12 @@ def network(ip: bytes) -> bytes | None:
     return octets[12:] if octets.startswith(_MAPPED) else octets[:_NETWORK]
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int, kind: int) -> None:
     """Lock the file, or raise OSError when that takes too long."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise OSError(errno.EWOULDBLOCK, "somebody keeps it locked") from None
@@ -184,30 +180,34 @@ def _lock(descriptor: int) -> None:
 
 
 def _key(descriptor: int) -> bytes:
-    """The key in the header of the table, which is made if the file is new; raises OSError.
-
-    One of the right size without any header was not made to the end, as the disk was full, or lost
-    its beginning when the power went: that is a new one, too.
-    """
+    """The key in the header of the table, which is made if the file is new; raises OSError."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a file")
-    if found.st_size == 0:
-        os.ftruncate(descriptor, SIZE)
-    header = os.pread(descriptor, len(_MAGIC) + _KEY, 0)
-    is_right_size = os.fstat(descriptor).st_size == SIZE
-    if is_right_size and not header.strip(b"\0"):
-        header = _MAGIC + os.urandom(_KEY)
-        os.pwrite(descriptor, header, 0)
-    if not is_right_size or not header.startswith(_MAGIC):
+    if _is_new(descriptor):
+        _lock(descriptor, fcntl.LOCK_EX)
+        if _is_new(descriptor):
+            os.ftruncate(descriptor, SIZE)
+            os.pwrite(descriptor, _MAGIC + os.urandom(_KEY), 0)
+    header = _header(descriptor)
+    if os.fstat(descriptor).st_size != SIZE or not header.startswith(_MAGIC):
         raise OSError(errno.EINVAL, "not a table of failed attempts; remove it, or name another")
     return header[len(_MAGIC) :]
 
 
+def _header(descriptor: int) -> bytes:
+    return os.pread(descriptor, len(_MAGIC) + _KEY, 0)
+
+
+def _is_new(descriptor: int) -> bool:
+    """Whether the file is empty; or it has its size, and no header: when it was made the disk was
+    full, or the power went.
+    """
+    return os.fstat(descriptor).st_size in (0, SIZE) and not any(_header(descriptor))
+
+
 def _place(who: bytes, key: bytes) -> tuple[int, bytes]:
     """The place of a client's set in the file, and its mark."""
-    from hashlib import blake2b
-
     digest = blake2b(who, key=key, digest_size=4 + _MARK).digest()
     number = int.from_bytes(digest[:4], "big") % SETS
     return _HEADER + number * WAYS * _SLOT, digest[4:]

@@ -51,14 +51,19 @@ def authenticate(
     seconds: float,
     tell: Callable[[str], None],
     left: list[int],
+    counts: Callable[[bool], bool] | None = None,
 ) -> Reply:
     """Run the check program on the text for descriptor 3; the reply to what it made of it.
 
     `seconds` is how long it may take; `tell` takes the words for the log where it is in trouble;
-    `left` gets the process id of one that was given up and has not ended.
+    `left` gets the process id of one that was given up and has not ended; `counts` is told, before
+    the delay, whether the program said no, and says whether that, or its yes, counts.
     """
     answer = _ask(arguments, text, environ, seconds, tell, left)
-    if answer is reply.AUTH_FAILED:
+    has_failed = answer is reply.AUTH_FAILED
+    if counts and (has_failed or answer is reply.AUTHENTICATED) and not counts(has_failed):
+        answer = reply.AUTH_TOO_OFTEN
+    if answer in (reply.AUTH_FAILED, reply.AUTH_TOO_OFTEN):
         time.sleep(FAILURE_DELAY)
     return answer
 

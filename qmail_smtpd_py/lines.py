@@ -19,8 +19,9 @@ class Unread:
 
     def add(self, data: bytes) -> None:
         """Put octets behind those that are there."""
-        self._octets = self._octets[self._at :] + data
-        self._at = 0
+        if data:
+            self._octets = self._octets[self._at :] + data
+            self._at = 0
 
     def take(self) -> bytes:
         """All there is."""

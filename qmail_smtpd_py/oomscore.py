@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-_WORKERS = 200  # of 1000
+_MORE, _MOST = 200, 1000  # what workers have more than we have, and what there can be
 _FILE = "/proc/self/oom_score_adj"
 
 
@@ -21,25 +21,25 @@ class OomScore:
 
     def __init__(self) -> None:
         self.descriptors: tuple[int, ...] = ()
-        self._own = b"0"
+        self._own = 0
         try:
             descriptor = os.open(_FILE, os.O_RDWR)
-        except OSError:
+            self._own = int(os.read(descriptor, 16))
+        except (OSError, ValueError):
             return
         self.descriptors = (descriptor,)
-        self._own = os.read(descriptor, 16)
 
     def raise_for_children(self) -> None:
         """Have those that are forked now be killed before us."""
-        self._set(b"%d" % max(int(self._own), _WORKERS))
+        self._set(min(self._own + _MORE, _MOST))
 
     def restore(self) -> None:
         """Have our own again."""
         self._set(self._own)
 
-    def _set(self, score: bytes) -> None:
+    def _set(self, score: int) -> None:
         for descriptor in self.descriptors:
             try:
-                os.pwrite(descriptor, score, 0)
+                os.pwrite(descriptor, b"%d" % score, 0)
             except OSError:
                 pass  # no reason to serve nobody

@@ -195,7 +195,8 @@ class Place:
 
 
 class Employer:
-    """What the pool asks of the listener, in the parent but for `employ`'s outcome.
+    """What the pool asks of the listener, in the parent; but `tell`, and what `employ` makes, are
+    for workers, too.
 
     `own_descriptors` are those that workers are not to have.
     """

@@ -117,7 +117,11 @@ class Session:
         return b"".join(replies)
 
     def _is_auth_next(self) -> bool:
-        return self.state == AUTH_RESPONSE or self._unread.starts_with_verb(b"AUTH")
+        """Whether a check program may be asked next."""
+        if self.state != COMMAND:
+            return self.state == AUTH_RESPONSE
+        is_in_vain = self._user is not None or self._check_auth_available()
+        return not is_in_vain and self._unread.starts_with_verb(b"AUTH")
 
     def tls_started(self, cipher: bytes) -> None:
         """A handshake is complete: what was said before it counts no more."""

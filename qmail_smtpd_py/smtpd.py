@@ -220,19 +220,17 @@ class Server(Effects):
         from . import checkpassword
 
         failures = self._auth_failures()
-        if failures and not failures.begin():
+        if failures and failures.are_too_many():
             return reply.AUTH_TOO_OFTEN
-        answer = checkpassword.authenticate(
+        return checkpassword.authenticate(
             self._arguments,
             checkpassword.fields(credentials, self.settings.auth.challenge_field),
             self._child_environ(identity),
             checkpassword.patience(self.timeout),
             self._log_error,
             self._resources.left_children,
+            failures.end if failures else None,
         )
-        if failures and answer is not reply.AUTH_FAILED:
-            failures.take_back()
-        return answer
 
     def _auth_failures(self) -> AuthFailures | None:
         """The failed attempts of this client's address; None where nobody counts them."""
@@ -381,7 +379,8 @@ def _greet(wire: Wire, server: Server, session: Session) -> None:
             session.connection_lost()
             return
         time.sleep(max(0, begin + delay - time.monotonic()))
-    wire.write(session.greet() + session.receive(early))
+    wire.write(session.greet())
+    wire.write(session.receive(early))
 
 
 def _take_turns(wire: Wire, server: Server, session: Session) -> None:

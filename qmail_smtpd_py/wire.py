@@ -135,28 +135,22 @@ class Wire:
         deadline = self._deadline()
         self._no_delay()
         while True:
-            try:
-                done = channel.handshake()
-            except Exception:
-                self._send_last(channel.pending())  # an alert; why it failed is the news
-                raise
+            done = channel.handshake()  # where it fails, `close` sends the alert
             self._send(channel.pending())
             if done:
                 return
             channel.feed(self._receive(deadline - time.monotonic()))
 
     def close(self) -> None:
-        """End TLS, if it is on, with a close_notify; leave the descriptors as they were."""
+        """End TLS, if it is on, with a close_notify, or the alert of a handshake that failed; leave
+        the descriptors as they were.
+        """
         if self._tls is not None:
-            self._send_last(self._tls.close())
+            try:
+                self._write_piece(self._tls.close())
+            except OSError:
+                pass  # a client that is gone, or takes nothing, is not waited for
         self._restore()
-
-    def _send_last(self, data: bytes) -> None:
-        """Send what ends TLS; a client that is gone, or takes nothing, is not waited for."""
-        try:
-            self._write_piece(data)
-        except OSError:
-            pass
 
     def _restore(self) -> None:
         if self._was_blocking:

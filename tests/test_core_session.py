@@ -298,6 +298,16 @@ def test_an_exchange_that_is_canceled(cancel: bytes) -> None:
     assert all_replies(session, cancel + b"\r\n") == canceled
 
 
+@pytest.mark.parametrize("smtpauth", [None, b""])
+def test_nothing_waits_for_auth_that_asks_nobody(smtpauth: bytes) -> None:
+    """As there is none, or as there was one."""
+    session, _ = open_session(smtpauth=smtpauth)
+    all_replies(session, GOOD)
+    assert grammar.codes(session.receive(b"NOOP\r\n" + GOOD * 3)) == [250, 503, 503, 503]
+    session.receive(IN_A_MESSAGE)
+    assert grammar.codes(session.receive(b"Author: joe\r\n.\r\n")) == [250]
+
+
 def test_a_star_and_more_is_a_response() -> None:
     session, _ = open_session()
     malformed = reply.AUTH_MALFORMED.render()

@@ -14,7 +14,7 @@ from conformance import logs
 from conformance.program import ROOT, Program
 from conformance.stage import Stage
 from conformance.world import base64
-from listener.listening import Listening, eventually
+from listener.listening import Listening
 
 from qmail_smtpd_py import authfailures
 from qmail_smtpd_py.authfailures import SIZE, WAYS, AuthFailures, network
@@ -42,13 +42,10 @@ class Table:
 
     def add(self, ip: str, times: int = 1) -> None:
         for _ in range(times):
-            self.of(ip).begin()
+            self.of(ip).end(has_failed=True)
 
     def shuts_out(self, ip: str) -> bool:
-        attempt = self.of(ip)
-        may = attempt.begin()
-        attempt.take_back()
-        return not may
+        return self.of(ip).are_too_many()
 
 
 @pytest.fixture
@@ -81,35 +78,14 @@ def test_it_is_let_in_again_by_time(table: Table) -> None:
     assert not table.shuts_out("192.0.2.7"), "a new count"
 
 
-def test_attempts_at_the_same_time_count_before_they_have_failed(table: Table) -> None:
-    running = [table.of("192.0.2.7") for _ in range(4)]
-    assert [attempt.begin() for attempt in running] == [True, True, True, False]
-    for attempt in (running[3], running[0], running[0]):  # not begun; right; taken back already
-        attempt.take_back()
-    assert table.of("192.0.2.7").begin(), "one more, and no more than that"
-    assert not table.of("192.0.2.7").begin()
-
-
-def test_what_is_taken_back_leaves_nothing(table: Table) -> None:
-    for _ in range(9):
-        assert not table.shuts_out("192.0.2.7")
-        table.clock += 1
-    table.clock += table.period - 9
-    table.add("192.0.2.7", 3)
-    table.clock += table.period - 1
-    assert table.shuts_out("192.0.2.7"), "the period begins with the first that has failed"
-
-
-def test_one_that_ends_when_its_count_is_over_takes_back_no_other(table: Table) -> None:
-    attempt = table.of("192.0.2.7")
-    attempt.begin()
-    table.clock += table.period
-    table.add("192.0.2.7", 3)
-    attempt.take_back()
-    assert table.shuts_out("192.0.2.7")
-    attempt.begin()
-    attempt.take_back()
-    assert table.shuts_out("192.0.2.7"), "nor one that was not begun"
+def test_attempts_at_the_same_time_find_out_no_more_than_the_limit_allows(table: Table) -> None:
+    """They are judged when they end, whoever was first to begin."""
+    guesses = [table.of("192.0.2.7") for _ in range(6)]
+    assert not any(guess.are_too_many() for guess in guesses)
+    assert guesses[0].end(has_failed=False), "a right one, in time"
+    assert [guess.end(has_failed=True) for guess in guesses[1:5]] == [True, True, True, False]
+    assert not guesses[5].end(has_failed=False), "a right one, too late"
+    assert table.of("192.0.2.8").end(has_failed=False)
 
 
 def test_a_clock_that_goes_back_lets_in(table: Table) -> None:
@@ -203,7 +179,7 @@ ADDING = """
 import sys
 from qmail_smtpd_py.authfailures import AuthFailures
 for _ in range(200):
-    AuthFailures(sys.argv[1].encode(), b"192.0.2.7", 5000, 600, print).begin()
+    AuthFailures(sys.argv[1].encode(), b"192.0.2.7", 5000, 600, print).end(True)
 """
 
 
@@ -361,26 +337,27 @@ def test_it_is_off_unless_it_is_asked_for(host: Stage, variables: dict[str, str]
         assert (say(program, RIGHT)[1] or "").startswith("235 ")
 
 
-def test_sessions_at_the_same_time_have_no_more_attempts(host: Stage) -> None:
-    host.control({"authfailtable": f"{host.home}/failures\n", "authfaillimit": "2\n"})
-    begun, gate = host.home / "begun", host.home / "gate"
-    slow = host.tools / "slow"
-    wait = f"until [ -e {gate} ]; do sleep 0.01; done"
-    slow.write_text(f"#!/bin/sh\necho x >> {begun}\n{wait}\nexit 1\n")
+def test_sessions_at_the_same_time_find_out_no_more(
+    host: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.control({"authfailtable": f"{host.home}/failures\n", "authfaillimit": "1\n"})
+    slow, gate = host.tools / "slow", host.home / "gate"
+    wait = f"until [ -e {gate}.$word ]; do sleep 0.01; done"
+    slow.write_text(f"#!/bin/sh\nread word <&3\n{wait}\n[ $word != wrong ]\n")
     slow.chmod(0o755)
     host.arguments(str(slow), "@true")
-    with Program(host) as first, Program(host) as second, Program(host) as third:
-        for program in (first, second):
+    guesses = [b"AUTH PLAIN " + base64(b"\0%s\n\0x" % word) for word in (b"wrong", b"right")]
+    with Program(host) as wrong, Program(host) as right:
+        for program, guess in zip((wrong, right), guesses):
             say(program)
-            program.client.send(WRONG + b"\r\n")
-        eventually(lambda: begun.exists() and len(begun.read_text()) == 4, "both are asked")
-        assert say(third, RIGHT)[1] == TOO_OFTEN
-        gate.touch()
-        for program in (first, second):
-            assert program.client.reply() == "535 authentication failed (#5.7.1)"
+            program.client.send(guess + b"\r\n")
+        Path(f"{gate}.wrong").touch()
+        assert wrong.client.reply() == "535 authentication failed (#5.7.1)"
+        Path(f"{gate}.right").touch()
+        assert right.client.reply() == TOO_OFTEN
 
 
-def test_what_is_no_failure_is_taken_back(host: Stage) -> None:
+def test_what_is_no_failure_is_not_counted(host: Stage) -> None:
     host.control({"authfailtable": f"{host.home}/failures\n", "authfaillimit": "1\n"})
     host.plan("checkpassword", [{"exit": 111}, {"signal": 9}, {"exit": 0}, {"exit": 1}])
     for code in ("454 oops", "454 oops", "235 ", "535 ", TOO_OFTEN):

@@ -208,6 +208,39 @@ def test_an_environment_that_no_process_can_have(
     assert check.told == [f"cannot start check program true: {why} (uid {os.geteuid()})"]
 
 
+@pytest.mark.parametrize(
+    ("program", "counts", "expected", "delay"),
+    [
+        (b"false", True, reply.AUTH_FAILED, [4711]),
+        (b"false", False, reply.AUTH_TOO_OFTEN, [4711]),
+        (b"true", True, reply.AUTHENTICATED, []),
+        (b"true", False, reply.AUTH_TOO_OFTEN, [4711]),
+    ],
+)
+def test_an_outcome_is_counted_before_the_delay(
+    check: Check,
+    monkeypatch: pytest.MonkeyPatch,
+    program: bytes,
+    counts: bool,
+    expected: reply.Reply,
+    delay: list[int],
+) -> None:
+    """Otherwise a client that hangs up meanwhile, or has many sessions, could try more often."""
+    order: list[object] = []
+    monkeypatch.setattr(checkpassword, "FAILURE_DELAY", 4711)
+    monkeypatch.setattr(
+        checkpassword.time, "sleep", lambda seconds: order.append(seconds) if seconds > 1 else None
+    )
+
+    def count(has_failed: bool) -> bool:
+        order.append(has_failed)
+        return counts
+
+    answer = checkpassword.authenticate([program], TEXT, ENVIRON, 60, check.told.append, [], count)
+    assert answer is expected
+    assert order == [program == b"false", *delay]
+
+
 def test_no_descriptors(check: Check) -> None:
     _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = os.open("/dev/null", os.O_RDONLY)

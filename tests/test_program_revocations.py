@@ -122,14 +122,28 @@ def test_with_a_list_that_can_not_be_reached_nobody_counts(home):
     assert certified("client-alice.pem") is None
 
 
+def add_name(home: Path) -> None:
+    """A certificate for mx.example.net."""
+    named = home / "control" / "servercerts" / "mx.example.net"
+    named.mkdir(parents=True)
+    shutil.copy(FIXTURES / "server-rsa.pem", named / "servercert.pem")
+
+
+def test_a_list_that_was_broken_before_is_not_told_of_again(home):
+    (home / "control" / "clientcrl.pem").write_bytes(b"")
+    add_name(home)
+    context = tls.Context(tls.Policy(ask_client=True))
+    channel = context.channel()
+    assert handshake(channel, "client-alice.pem", b"mx.example.net") is None
+    assert (len(context.warnings), channel.notes.warnings) == (1, [])
+
+
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
 def test_a_list_that_breaks_while_a_client_asks_for_a_name(home, text):
     """Its certificate is asked for by one context, and looked at by that of the name."""
     revocations = home / "control" / "clientcrl.pem"
     revocations.write_bytes(CRL)
-    named = home / "control" / "servercerts" / "mx.example.net"
-    named.mkdir(parents=True)
-    shutil.copy(FIXTURES / "server-rsa.pem", named / "servercert.pem")
+    add_name(home)
     channel = tls.Context(tls.Policy(ask_client=True)).channel()
     revocations.write_bytes(text)
     assert handshake(channel, "client-revoked.pem", b"mx.example.net") is None

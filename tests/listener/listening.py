@@ -252,20 +252,26 @@ def children(pid: int) -> set[int]:
 
 
 def oom_score(pid: int) -> int:
-    """What makes the kernel kill a process before others (proc(5))."""
-    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+    """What makes the kernel kill a process before others (proc(5)); -1 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+
+
+def opened(pid: int) -> set[str]:
+    """What a process has open, as /proc has it."""
+    found = set()
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # a file that it had open for a moment
+                found.add(os.readlink(f"/proc/{pid}/fd/{entry}"))
+    return found
 
 
 def sockets(pid: int) -> set[str]:
     """The inodes of the sockets that a process has open."""
-    inodes = set()
-    with contextlib.suppress(FileNotFoundError):
-        for entry in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(FileNotFoundError):  # a file that it had open for a moment
-                target = os.readlink(f"/proc/{pid}/fd/{entry}")
-                if target.startswith("socket:["):
-                    inodes.add(target[8:-1])
-    return inodes
+    return {name[8:-1] for name in opened(pid) if name.startswith("socket:[")}
 
 
 def listening_sockets() -> dict[str, tuple[str, int]]:
