@@ -187,6 +187,9 @@ def test_it_is_the_opening_that_counts() -> None:
     session, _ = open_session()
     said = all_replies(session, b"EHLO x\r\nGET / HTTP/1.1\r\n\x16\x03\x01\r\nNOOP\r\n")
     assert grammar.codes(said) == [250, 502, 502, 250]
+    session, _ = open_session()
+    said = all_replies(session, b"x" * 20000 + b"\r\nGET / HTTP/1.1\r\n")
+    assert grammar.codes(said) == [500, 502]
 
 
 def test_what_opens_another_protocol_inside_of_tls_ends_the_session_too() -> None:

@@ -438,6 +438,15 @@ def test_a_domain_that_can_be_none_costs_no_more_than_one_that_can(
         hosts.close()
 
 
+@pytest.mark.parametrize(("labels", "counts"), [(20, True), (21, False)])
+def test_an_entry_for_subdomains_of_many_labels(control: Path, labels: int, counts: bool) -> None:
+    (control / "rcpthosts").write_bytes(b"")
+    (control / "morercpthosts.cdb").write_bytes(make_cdb({b".a" * labels: b""}))
+    hosts = RcptHosts(ControlFiles())
+    assert hosts.allows(b"u@x" + b".a" * labels) is counts
+    hosts.close()
+
+
 def test_close_gives_the_descriptor_back(control: Path) -> None:
     (control / "rcpthosts").write_bytes(b"")
     (control / "morercpthosts.cdb").write_bytes(make_cdb({}))
@@ -446,6 +455,17 @@ def test_close_gives_the_descriptor_back(control: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == len(before) + 1
     hosts.close()
     assert os.listdir("/proc/self/fd") == before
+    hosts.close()
+
+
+def test_a_damaged_cdb_is_no_reason_to_refuse(control: Path) -> None:
+    """As if nobody were listed in it: that would be for good, and this is for now."""
+    (control / "rcpthosts").write_bytes(b"")
+    (control / "morercpthosts.cdb").write_bytes(b"damaged")
+    hosts = RcptHosts(ControlFiles())
+    words = r"^cannot use control/morercpthosts\.cdb: the file is cut off; run qmail-newmrh$"
+    with pytest.raises(ControlError, match=words):
+        hosts.allows(b"user@example.org")
     hosts.close()
 
 
@@ -562,6 +582,13 @@ def test_a_damaged_length_asks_for_no_memory(database: Callable[[bytes], int]) -
 def test_badmailfrom(control: Path, sender: bytes, is_blocked: bool) -> None:
     (control / "badmailfrom").write_bytes(b"# spam\nBad@example.com \n@Evil.example\nlocal\n\n")
     assert BadMailFrom(ControlFiles()).blocks(sender) == is_blocked
+
+
+def test_an_empty_domain_is_not_the_same_as_none(control: Path) -> None:
+    (control / "badmailfrom").write_bytes(b"@\n")
+    assert BadMailFrom(ControlFiles()).blocks(b"user@")
+    for sender in (b"", b"user"):
+        assert not BadMailFrom(ControlFiles()).blocks(sender), "bounces have no sender"
 
 
 def test_without_badmailfrom_nobody_is_blocked() -> None:

@@ -233,6 +233,7 @@ def test_what_is_pipelined_behind_a_message_is_not_obeyed_at_once() -> None:
     all_replies(session, IN_A_MESSAGE)
     assert grammar.codes(session.receive(b"x\r\n.\r\nNOOP\r\n")) == [250]
     assert session.is_paused
+    assert not session.is_half_sent, "it is we who take our time"
     assert grammar.codes(session.receive(b"")) == [250]
 
 
@@ -312,6 +313,16 @@ def test_a_star_and_more_is_a_response() -> None:
     session, _ = open_session()
     malformed = reply.AUTH_MALFORMED.render()
     assert all_replies(session, b"AUTH PLAIN\r\n*x\r\n").endswith(b"\r\n" + malformed)
+
+
+def test_auth_behind_auth_and_in_a_transaction() -> None:
+    """The first reason that there is, is told: in a transaction, too, a user is one already."""
+    session, _ = open_session()
+    all_replies(session, GOOD + b"MAIL FROM:<a@example.com>\r\n")
+    assert all_replies(session, GOOD) == reply.AUTH_ALREADY.render()
+    session, _ = open_session(force_tls=True)
+    all_replies(session, b"MAIL FROM:<a@example.com>\r\n")
+    assert all_replies(session, GOOD) == reply.AUTH_IN_TRANSACTION.render()
 
 
 def test_a_failed_attempt_has_the_user_in_its_line() -> None:

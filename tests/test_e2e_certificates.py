@@ -7,7 +7,7 @@ import re
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from e2e.certificates import KEYS, Certificate
-from e2e.clients import curl, msmtp, s_client, swaks
+from e2e.clients import curl, handshake, msmtp, s_client, swaks
 from e2e.letter import HELO, SENDER
 from e2e.maildir import deliveries, delivery
 from e2e.service import NAME
@@ -214,6 +214,12 @@ def test_client_of_another_authority(certified, tmp_path, ask):
     answer = ask(certified(), *files(tmp_path, forged))
     assert "553 sorry" in answer
     assert "no valid cert for gatewaying: unable to " in answer
+
+
+def test_clients_are_told_whose_certificates_count(certified):
+    """One that has many chooses by it."""
+    said, _ = handshake(certified())
+    assert re.search("Acceptable client certificate CA names\\nCN ?= ?Clients' Root\\n", said)
 
 
 def test_client_is_not_asked_where_it_may_relay_anyway(certified, tmp_path, listed):

@@ -138,13 +138,18 @@ def test_both_types_by_name(start, home, rsa, ecdsa):
     assert by_name(service, OTHER)[0] == "ecdsa"
 
 
-@pytest.mark.parametrize("what", ["garbage", "no key", "another key", "not a file", "unreadable"])
+@pytest.mark.parametrize(
+    "what", ["garbage", "no key", "another key", "not a file", "unreadable", "link to itself"]
+)
 def test_a_broken_one_is_logged_and_the_default_is_served(start, home, other, wild, what):
     text = {"no key": other.chain, "another key": wild.key_pem + other.chain}.get(what, b"garbage")
     path = put(home, OTHER, text)
     if what == "not a file":
         path.unlink()
         path.mkdir()
+    elif what == "link to itself":
+        path.unlink()
+        path.symlink_to(path)
     elif what == "unreadable":
         path.chmod(0o000)
     service = start()
@@ -158,11 +163,13 @@ def test_a_broken_one_is_logged_and_the_default_is_served(start, home, other, wi
 def test_policy_holds_for_each_name(start, home, other):
     put(home, OTHER, pem(other))
     home.control("tlsminversion", "1.3")
-    service = start(environ={"TLSCIPHERS": "TLS_AES_128_GCM_SHA256"})
+    service = start(environ={"TLSCIPHERS": "TLS_AES_128_GCM_SHA256:NOTHING"})
     name = ["-servername", OTHER]
     assert handshake(service, *name, "-tls1_2")[1] is None
     assert handshake(service, *name)[1] == "TLS_AES_128_GCM_SHA256"
     assert "alert no application protocol" in handshake(service, *name, "-alpn", "h2")[0]
+    told = ["tlsserverciphers: no such cipher: NOTHING; left out"]
+    assert errors(service, 3) == told * 3, "not again for the name"
 
 
 def test_client_certificates_count_under_each_name(start, home, tmp_path, other):

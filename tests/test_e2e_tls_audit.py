@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 
 import pytest
 from e2e.certificates import Certificate
@@ -87,6 +88,17 @@ def test_ciphers_of_tls_1_2(start, home, authority, key_type, kind):
         offered = "".join(f"!{cipher}:" for cipher in chosen) + offered
     assert sorted(chosen) == sorted(f"ECDHE-{kind}-{cipher}" for cipher in PREFERRED)
     assert service.events("tls", sessions=len(chosen) + 1)[-1]["why"] == "no shared cipher"
+
+
+def test_dhe_where_there_are_parameters_for_it(start, home, authority):
+    made = Certificate(NAME, "RSA-2048", issuer=authority)
+    home.certificate(made.key_pem + made.chain)
+    name = "DHE-RSA-AES256-GCM-SHA384"
+    assert handshake(start(), "-tls1_2", "-cipher", name)[1] is None
+    (program,) = need("openssl")
+    group = ["-algorithm", "DH", "-pkeyopt", "group:ffdhe2048"]
+    home.control("dh2048.pem", subprocess.check_output([program, "genpkey", "-genparam", *group]))
+    assert handshake(start(), "-tls1_2", "-cipher", name)[1] == name
 
 
 @pytest.mark.parametrize("how", ["variable", "control file"])

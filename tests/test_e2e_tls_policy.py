@@ -26,6 +26,7 @@ WEAK = "ECDHE-ECDSA-AES128-SHA:ECDHE-ECDSA-AES256-SHA384"
 def test_unknown_ciphers_are_logged_one_by_one(start, home):
     """And the known ones count, those of TLS 1.3 among them."""
     names = "ECDHE+CHACHA20:NO-SUCH-CIPHER:TLS_AES_128_GCM_SHA256 TLS_NOR_THIS,!RC4:ECDHE+NOTHING"
+    names += ";+ECDHE;@STRENGTH;-RSA"
     home.control("tlsserverciphers", f"# a list\n{names}")
     service = start()
     assert handshake(service, "-tls1_2")[1] == "ECDHE-ECDSA-CHACHA20-POLY1305"
@@ -83,6 +84,15 @@ def test_tls_1_3_alone(start, home, how):
     assert handshake(service, "-tls1_2")[1] is None
     assert handshake(service, "-tls1_3")[1]
     assert service.events("tls", 2)[0]["why"] == "unsupported protocol"
+
+
+def test_the_default_by_its_name(start, home):
+    home.control("tlsminversion", "1.2")
+    every = "ALL:@SECLEVEL=0"
+    service = start(environ={"TLSCIPHERS": every})
+    assert handshake(service, "-tls1_1", "-cipher", every)[1] is None
+    assert handshake(service, "-tls1_2")[1]
+    assert errors(service, 2) == []
 
 
 @pytest.mark.parametrize("version", ["1.1", "TLS", ""])

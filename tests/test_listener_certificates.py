@@ -9,13 +9,18 @@ from types import SimpleNamespace
 import pytest
 from conformance.stage import Stage
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+)
 from e2e.certificates import Certificate
 from listener.listening import Listening
 from listener.mail import quit_
 from listener.world import put
 
 from qmail_smtpd_py import certificates
-from qmail_smtpd_py.tls import NamedContexts
+from qmail_smtpd_py.tls import CachedContexts, NamedContexts, Policy
 
 pytestmark = pytest.mark.tls
 pytest_plugins = ["listener.fixtures"]
@@ -55,6 +60,8 @@ def test_each_file_counts_from_the_next_connection_on(mx: Stage) -> None:
         assert subject(listener, NAMED) == "by name"
         put(mx, f"servercerts/{NAMED}/servercert.pem", Certificate("by name anew"))
         assert subject(listener, NAMED) == "by name anew"
+        put(mx, f"servercerts/{NAMED}/servercert-ecdsa.pem", Certificate("both types", "RSA-2048"))
+        assert subject(listener, NAMED, "ECDHE-RSA-AES128-GCM-SHA256") == "both types"
         assert subject(listener, "mail.example.com") == "another type"
 
         put(mx, "servercerts/*.example.com/servercert.pem", Certificate("wildcard"))
@@ -63,7 +70,7 @@ def test_each_file_counts_from_the_next_connection_on(mx: Stage) -> None:
         assert subject(listener, "mail.example.com") == "exact"
         (mx.home / "control/servercerts/mail.example.com/servercert.pem").unlink()
         assert subject(listener, "mail.example.com") == "wildcard"
-        assert len({worker for worker, _ in listener.ends(12)}) == 1
+        assert len({worker for worker, _ in listener.ends(13)}) == 1
 
 
 def test_a_broken_one_is_told_each_time_until_it_is_mended(mx: Stage) -> None:
@@ -84,8 +91,6 @@ def test_a_broken_one_is_told_each_time_until_it_is_mended(mx: Stage) -> None:
 
 def test_memory_for_names_is_bounded(mx: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """As contexts, and as files that are broken; what fell out is made anew."""
-    from qmail_smtpd_py.tls import NamedContexts, Policy
-
     monkeypatch.setattr(NamedContexts, "MOST", 3)
     monkeypatch.chdir(mx.home)
     made = Certificate("by name")
@@ -113,6 +118,64 @@ def test_a_file_that_vanishes_while_it_is_looked_at(
     monkeypatch.setattr(certificates, "read", lambda path: made.key_pem + made.chain)
     with pytest.raises(certificates.Unavailable, match="pem: No such file or directory"):
         certificates.check(str(tmp_path / "servercert.pem"))
+
+
+LONG = ".".join(["x" * 63] * 3 + ["y" * 61])
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("Mail-10.Example.net", ["mail-10.example.net", "*.example.net"]),
+        ("example.net", ["example.net", "*.net"]),
+        ("localhost", ["localhost"]),
+        (LONG, [LONG, "*" + LONG[63:]]),
+        (LONG + "y", []),
+        ("x" * 64 + ".example.net", []),
+        ("*.example.net", []),
+    ],
+)
+def test_where_the_certificate_for_a_name_may_be(name: str, places: list[str]) -> None:
+    found = [*certificates.named(name.encode())]
+    assert found == [f"control/servercerts/{place}/servercert.pem" for place in places]
+
+
+@pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
+def test_nobody_is_asked_for_a_passphrase(tmp_path: Path, form: PrivateFormat) -> None:
+    made = Certificate("locked")
+    path = tmp_path / "servercert.pem"
+    key = made.key.private_bytes(Encoding.PEM, form, BestAvailableEncryption(b"x"))
+    path.write_bytes(key + made.chain)
+    with pytest.raises(certificates.Unavailable, match="the private key has a passphrase"):
+        certificates.check(str(path))
+
+
+def test_parameters_for_dhe_count_from_the_next_connection_on(
+    mx: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mx.home)
+    contexts = CachedContexts()
+    before = contexts.get(Policy())
+    assert contexts.get(Policy()) is before
+    mx.control({"dh2048.pem": "none\n"})
+    (warning,) = contexts.get(Policy()).warnings
+    assert warning.startswith("control/dh2048.pem: ")
+
+
+def test_ciphers_that_our_own_client_has_not(mx: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have them."""
+    monkeypatch.chdir(mx.home)
+    assert CachedContexts().get(Policy((b"TLS_AES_128_CCM_SHA256",))).warnings == []
+
+
+def test_a_certificate_that_can_not_be_used_is_no_surprise_in_a_handshake(
+    mx: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """220 is not said: the client is told what is wrong, in netqmail's words."""
+    monkeypatch.chdir(mx.home)
+    mx.control({"servercert.pem": "none\n"})
+    with pytest.raises(certificates.Unavailable, match="no certificate in it"):
+        CachedContexts().get(Policy())
 
 
 def test_a_defect_in_the_middle_of_a_handshake(monkeypatch: pytest.MonkeyPatch) -> None:

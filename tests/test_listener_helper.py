@@ -282,6 +282,20 @@ def test_a_helper_that_does_not_answer(mx: Stage, tmp_path: Path) -> None:
     assert b": timed out; doing TLS ourselves" in program.log
 
 
+def test_the_largest_environment_that_a_program_can_have_arrives() -> None:
+    """2 MiB, in all (execve(2))."""
+    environ = {b"LONG%d" % number: b"x" * 100_000 for number in range(20)}
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        program = threading.Thread(target=ours.sendall, args=[handover.pack([], environ)])
+        program.start()
+        try:
+            assert handover.take(theirs) == ([], environ)
+        finally:
+            theirs.shutdown(socket.SHUT_RDWR)
+            program.join()
+
+
 def test_the_program_has_time_to_tell_its_client() -> None:
     """However much of the time was left for what it handed over."""
     ours, theirs = socket.socketpair()
@@ -296,6 +310,23 @@ def test_the_program_has_time_to_tell_its_client() -> None:
         for descriptor in descriptors:
             os.close(descriptor)
         assert ours.recv(2) == handover.READY
+
+
+def test_the_program_waits_for_as_long_as_the_session_takes() -> None:
+    """However little of the time was left for the helper to be ready."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.settimeout(0.001)
+        session = threading.Timer(0.2, theirs.sendall, [b"\7"])
+        session.start()
+        assert handover.Offer(ours).complete((0, 1, 2)) == 7
+        session.join()
+
+
+def test_a_helper_that_ends_before_it_is_told_to_begin() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    assert handover.Offer(ours).complete((0, 1, 2)) == 1
 
 
 def test_an_offer_that_nobody_takes_holds_nothing(mx: Stage) -> None:
@@ -401,6 +432,17 @@ def offered(path: Path, text: bytes, go: bytes | None = None, descriptors: int =
             pass  # it has hung up before it was told all
     for end in ends:
         os.close(end)
+
+
+def test_it_is_the_user_that_counts_and_not_the_group() -> None:
+    need_root()
+    os.setegid(65534)
+    try:
+        ours, theirs = socket.socketpair()
+    finally:
+        os.setegid(0)
+    with ours, theirs:
+        handover.check_peer(theirs)
 
 
 def test_messages_that_are_none(mx: Stage) -> None:

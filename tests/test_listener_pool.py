@@ -29,6 +29,8 @@ from listener.mail import authenticate, begin_message, end_message, quit_, send_
 from listener.peers import compile_rules
 from listener.world import address
 
+from qmail_smtpd_py import oomscore
+
 pytest_plugins = ["listener.fixtures"]
 
 
@@ -69,6 +71,30 @@ def test_where_memory_runs_out_it_is_a_worker_that_goes(mx: Stage, is_restarted:
             return "oom_score_adj" in names
 
         eventually(lambda: not can_undo_that(), "workers do not have the descriptor")
+
+
+@pytest.mark.parametrize("own, raised", [(-1000, -800), (0, 200), (300, 500), (900, 1000)])
+def test_a_worker_goes_no_later_than_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: int, raised: int
+) -> None:
+    """And where that can not be had, there is a service all the same."""
+    path = tmp_path / "oom_score_adj"
+    path.write_text(f"{own}\n")
+    monkeypatch.setattr(oomscore, "_FILE", str(path))
+    written: list[int] = []
+
+    def write(descriptor: int, score: bytes, at: int) -> None:
+        written.append(int(score))
+        raise PermissionError
+
+    monkeypatch.setattr(oomscore.os, "pwrite", write)
+    score = oomscore.OomScore()
+    score.raise_for_children()
+    score.restore()
+    assert written == [raised, own]
+    os.close(*score.descriptors)
+    path.unlink()
+    oomscore.OomScore().raise_for_children()
 
 
 def test_a_worker_ends_after_its_last_connection(mx: Stage) -> None:

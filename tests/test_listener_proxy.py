@@ -63,6 +63,7 @@ TELLS = {
         ("192.0.2.7", 4711, "198.51.100.1", 25),
     ),
     "v2 TLVs": (v2(rest=TLVS), ("192.0.2.7", 4711, "198.51.100.1", 25)),
+    "v2 as long as can be": (v2(rest=bytes(2036)), ("192.0.2.7", 4711, "198.51.100.1", 25)),
 }
 """Headers that tell of a client, and what they tell."""
 
@@ -86,6 +87,7 @@ BROKEN = {
     "v1 UDP": b"PROXY UDP4 192.0.2.7 198.51.100.1 4711 25\r\n",
     "v1 another family": b"PROXY TCP4 2001:db8::7 2001:db8::1 4711 25\r\n",
     "v1 IPv4 for IPv6": b"PROXY TCP6 192.0.2.7 198.51.100.1 4711 25\r\n",
+    "v1 two families": b"PROXY TCP4 192.0.2.7 2001:db8::1 4711 25\r\n",
     "v1 no address": b"PROXY TCP4 client.example.com 198.51.100.1 4711 25\r\n",
     "v1 half an address": b"PROXY TCP4 192.0.2 198.51.100.1 4711 25\r\n",
     "v1 zone": b"PROXY TCP6 fe80::7%x 2001:db8::1 4711 25\r\n",
@@ -172,8 +174,9 @@ def test_nobody_is_named(header: bytes) -> None:
 
 @pytest.mark.parametrize("header", BROKEN.values(), ids=BROKEN)
 def test_what_is_no_header(header: bytes) -> None:
-    with Header(header + bytes(3000)) as connection, pytest.raises(ProxyError):
+    with Header(header + bytes(3000)) as connection, pytest.raises(ProxyError) as caught:
         connection.read()
+    assert "in time" not in str(caught.value), "nobody waits for more of it"
 
 
 @pytest.mark.parametrize("header, told", [TELLS["v1"], TELLS["v1 IPv6"], TELLS["v2 TLVs"]])
@@ -228,6 +231,7 @@ def test_a_peer_in_ipv6_s_clothes(text: str) -> None:
     peers = Peers(text)
     assert "192.0.2.10" in peers
     assert "192.0.3.10" not in peers
+    assert "192.0.2.10" in Peers("::ffff:0:0/96")
     assert "2001:db8::1" not in Peers("::ffff:0:0/96")
 
 

@@ -158,6 +158,11 @@ def test_a_variable_without_a_name_is_none() -> None:
     assert instructions(b"+=x\0+NAME=y\0+\0") == {b"NAME": b"y"}
 
 
+def test_instructions_that_tcprules_never_writes() -> None:
+    assert instructions(b"+NAME=y\0D\0") is None
+    assert instructions(b"+NAME\0-OTHER=x\0+D=y\0") == {b"D": b"y"}
+
+
 def test_the_rules_before_are_not_left_open(tmp_path: Path) -> None:
     path = tmp_path / "rules.cdb"
     rules = Rules(str(path))

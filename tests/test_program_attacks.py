@@ -199,6 +199,7 @@ def test_tls_that_ends_inside_a_message_queues_nothing(
         assert client.read_to_end() == b""
         assert program.wait() == 1
     assert [delivery.read[1] for delivery in host.deliveries()] == [b""]
+    assert logs.read_all(program.log)[-1].fields["why"] == "hung up"
 
 
 BROKEN = {

@@ -114,6 +114,17 @@ def test_a_program_without_a_slash_is_looked_for(check: Check) -> None:
     assert check.run(["true"]) is reply.AUTHENTICATED
 
 
+@pytest.mark.parametrize("path", [b"/etc/passwd:/nowhere:@", b"@:/nowhere", b":/nowhere", b"/bin:"])
+def test_where_a_program_without_a_slash_is_looked_for(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: bytes
+) -> None:
+    """As in execvp(3): what is no directory is passed over, and an empty one is where we are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ENVIRON, b"PATH", path.replace(b"@", os.fsencode(tmp_path)))
+    (tmp_path / "a-check").symlink_to("/bin/true")
+    assert check.run(["a-check"]) is reply.AUTHENTICATED
+
+
 def test_a_program_that_reads_nothing(check: Check) -> None:
     assert check.shell("exit 0") is reply.AUTHENTICATED
     assert check.shell("exit 0", text=MORE_THAN_A_PIPE_HOLDS) is reply.AUTHENTICATED
@@ -162,6 +173,19 @@ def test_one_that_has_become_another_user_is_left_alone(
     monkeypatch.undo()
     os.kill(pid, 9)
     os.waitpid(pid, 0)
+
+
+def test_one_that_does_not_die_is_waited_for_later(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for a disk."""
+    monkeypatch.setattr(checkpassword, "_REAP_SECONDS", 0.1)
+    monkeypatch.setattr(checkpassword.os, "kill", lambda pid, signal: None)
+    assert check.shell("echo $$ >pid; exec sleep 100", seconds=0.3) is reply.AUTH_TROUBLE
+    monkeypatch.undo()
+    assert check.left == [int(check.wrote("pid"))]
+    os.kill(check.left[0], 9)
+    os.waitpid(check.left[0], 0)
 
 
 def test_a_daemon_that_it_leaves_behind_delays_nothing(check: Check) -> None:

@@ -14,6 +14,7 @@ import pytest
 from conformance.stage import Stage, inheritable
 from hypothesis import given as given_
 from hypothesis import strategies as st
+from listener.listening import eventually
 
 from qmail_smtpd_py import qmail_queue
 from qmail_smtpd_py.qmail_queue import QueueDelivery
@@ -93,6 +94,15 @@ def test_message_and_envelope_arrive_whole(queue: Queue, size: int) -> None:
     assert queue.deliver(READ_ALL, LARGE[:size]) is None
     assert queue.wrote("message") == LARGE[:size]
     assert queue.wrote("envelope") == ENVELOPE
+
+
+def test_a_message_is_passed_on_while_it_comes(queue: Queue) -> None:
+    """Whatever its size, no more than a piece of it is kept."""
+    delivery = queue.start("head -c 32768 <&0 >/dev/null; : >begun; " + READ_ALL)
+    delivery.write(LARGE[:32_767])
+    delivery.write(LARGE[32_767:32_768])
+    eventually((queue.directory / "begun").exists, "the first piece was read")
+    assert delivery.close(ENVELOPE) is None
 
 
 def test_one_that_ends_while_what_it_started_keeps_the_pipe(queue: Queue) -> None:
@@ -343,9 +353,10 @@ def test_who_writes_texts(program: bytes) -> None:
     assert qmail_queue.writes_text(program) == PROGRAMS[program]
 
 
-def test_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_no_processes(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def spawn(*arguments: object, **more: object) -> int:
-        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(posix, "posix_spawn", spawn)
     assert qmail_queue.open_delivery(b"/bin/true", ENVIRON, []) is None

@@ -7,15 +7,17 @@ import shutil
 import warnings
 from binascii import a2b_base64, b2a_base64
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 SSL = pytest.importorskip("OpenSSL.SSL")
 
 from e2e.certificates import Certificate  # noqa: E402
+from OpenSSL.crypto import X509  # noqa: E402
 
 from qmail_smtpd_py import tls  # noqa: E402
-from qmail_smtpd_py.channel import Channel  # noqa: E402
+from qmail_smtpd_py.channel import Channel, Notes, note_problem  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "conformance" / "fixtures"
 CLIENTS = [b"alice@clients.example", b"dave@clients.example"]
@@ -100,8 +102,34 @@ def test_with_a_list_that_is_none_nobody_counts_and_the_log_says_so(home, text):
     (home / "control" / "clientcrl.pem").write_bytes(text)
     assert certified("client-revoked.pem") is None
     assert certified("client-alice.pem") is None
-    (warning,) = tls.Context(tls.Policy(ask_client=True)).warnings
+    context = tls.Context(tls.Policy(ask_client=True))
+    (warning,) = context.warnings
     assert warning.startswith("control/clientcrl.pem: ")
+    assert context.ssl.get_verify_mode() == SSL.VERIFY_NONE, "nobody is asked in vain"
+
+
+def test_with_authorities_that_are_none_nobody_is_asked(home):
+    (home / "control" / "clientca.pem").write_bytes(b"no certificate")
+    context = tls.Context(tls.Policy(ask_client=True))
+    (warning,) = context.warnings
+    assert warning.startswith("control/clientca.pem: ")
+    assert context.ssl.get_verify_mode() == SSL.VERIFY_NONE
+
+
+def test_whose_authority_is_revoked_does_not_count(home, tmp_path):
+    """Each authority below ours has a list, and so have we."""
+    root = Certificate("root", authority=True)
+    between = Certificate("between", issuer=root, authority=True)
+    client = Certificate("alice", issuer=between, email="alice@clients.example")
+    path = tmp_path / "alice.pem"
+    path.write_bytes(client.key_pem + client.chain)
+    (home / "control" / "clientca.pem").write_bytes(root.pem)
+    lists = home / "control" / "clientcrl.pem"
+    lists.write_bytes(between.revoke() + root.revoke())
+    assert certified(path) == b"alice@clients.example"
+    for text in (between.revoke() + root.revoke(between), between.revoke(), root.revoke()):
+        lists.write_bytes(text)
+        assert certified(path) is None
 
 
 @pytest.mark.filterwarnings("ignore:Attribute's length")
@@ -115,6 +143,29 @@ def test_a_certificate_that_the_library_has_a_warning_for(home, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert certified(path) == b"alice@clients.example"
+
+
+def test_the_first_problem_is_told(home):
+    """What OpenSSL finds behind it comes of it."""
+    channel = tls.Context(tls.Policy(ask_client=True)).channel()
+    assert handshake(channel, "client-stranger.pem") is None
+    assert len(channel.notes.problems) > 1
+    assert channel.certified_address(CLIENTS)[1] == b"unable to get local issuer certificate"
+
+
+def test_a_problem_that_is_rare_has_words_too():
+    notes = Notes()
+    connection = SimpleNamespace(get_app_data=lambda: notes)
+    assert note_problem(connection, None, 22, depth=1, ok=0), "the handshake goes on"
+    assert notes.problems == ["certificate chain too long"]
+
+
+def test_a_certificate_that_the_library_can_not_read(home, monkeypatch):
+    """Whatever it raises then."""
+    channel = tls.Context(tls.Policy(ask_client=True)).channel()
+    assert handshake(channel, "client-alice.pem")
+    monkeypatch.setattr(X509, "to_cryptography", lambda self: 1 // 0)
+    assert channel.certified_address(CLIENTS) == (None, b"malformed")
 
 
 def test_with_a_list_that_can_not_be_reached_nobody_counts(home):

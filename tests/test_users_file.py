@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from qmail_smtpd_py.users_file import PasswordHash, Trouble, User, UsersFile, change, load
+from qmail_smtpd_py.users_file import (
+    PasswordHash,
+    Trouble,
+    User,
+    UsersFile,
+    base64,
+    change,
+    load,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "bin" / "qmail-smtpd-users")]
@@ -100,6 +108,7 @@ def test_what_is_read_is_written():
     assert list(users.users) == [b"alice", b"bob"]
     assert users.users[b"alice"].cram_secret is None
     assert users.users[b"bob"].cram_secret == b"secret"
+    assert UsersFile(b" \t\n").render() == b" \t\n"
 
 
 def test_a_user_keeps_its_place():
@@ -326,17 +335,19 @@ def test_no_directory(home):
 
 def test_what_is_put_in_place_is_on_the_disk(users, monkeypatch):
     """A crash behind rename(2) would else leave a file with a name and without its octets."""
+    new = users.with_name("smtpusers.new")
     order = []
     for name in ("fsync", "rename"):
         act = getattr(os, name)
 
         def note(*arguments, name=name, act=act):
-            order.append((name, users.with_name("smtpusers.new").exists()))
+            order.append((name, new.stat().st_size if new.exists() else None))
             return act(*arguments)
 
         monkeypatch.setattr(os, name, note)
     change(str(users), lambda kept: kept.remove(b"alice"))
-    assert order == [("fsync", True), ("rename", True), ("fsync", False)]
+    size = users.stat().st_size
+    assert order == [("fsync", size), ("rename", size), ("fsync", None)]
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(home, users):
@@ -420,6 +431,29 @@ def talk(home, arguments, *answers):
 def test_costs_that_take_more_memory_than_the_limit(costs: bytes) -> None:
     with pytest.raises(ValueError, match="out of bounds"):
         PasswordHash.parse(CHEAP.replace(b"ln=4,r=8,p=1", costs))
+
+
+@pytest.mark.parametrize(
+    ("salt", "digest", "costs", "is_in_bounds"),
+    [
+        (8, 16, b"ln=1,r=1,p=1", True),
+        (7, 16, b"ln=1,r=1,p=1", False),
+        (8, 15, b"ln=1,r=1,p=1", False),
+        (8, 64, b"ln=16,r=8,p=16", True),
+        (8, 65, b"ln=16,r=8,p=16", False),
+        (8, 64, b"ln=16,r=8,p=17", False),
+        (8, 64, b"ln=19,r=1,p=1", True),
+        (8, 64, b"ln=20,r=1,p=1", False),
+    ],
+)
+def test_what_a_hash_may_be_like(salt: int, digest: int, costs: bytes, is_in_bounds: bool) -> None:
+    parts = [costs, *(base64(bytes(length)).rstrip(b"=") for length in (salt, digest))]
+    text = b"$scrypt$" + b"$".join(parts)
+    if is_in_bounds:
+        assert PasswordHash.parse(text).render() == text
+    else:
+        with pytest.raises(ValueError, match="out of bounds"):
+            PasswordHash.parse(text)
 
 
 def test_a_digest_that_differs_in_its_last_octet_only() -> None:
