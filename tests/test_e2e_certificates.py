@@ -72,7 +72,7 @@ def test_each_version_of_tls(start, home, trusted, letter, certificate, version)
     options = ["--ssl-reqd", "--cacert", trusted, f"--tlsv{version}", "--tls-max", version]
     ended = curl(start(), letter, *options)
     assert ended.status == 0, ended.output
-    assert "SSL certificate verify ok" in ended.output
+    assert re.search("SSL certificate verif(y ok|ied)", ended.output)
     assert len(deliveries(home.maildir)) == 1
 
 
@@ -89,8 +89,9 @@ def test_chain_is_needed(start, home, trusted, letter, intermediate):
     made = Certificate(NAME, issuer=intermediate)
     home.certificate(made.key_pem + made.pem)
     service = start()
-    ended = curl(service, letter, "--ssl-reqd", "--cacert", trusted)
-    assert "unable to get local issuer certificate" in ended.output
+    # New versions of curl look at it when the handshake is over.
+    output, _ = handshake(service, "-verify_return_error", "-CAfile", trusted)
+    assert "unable to get local issuer certificate" in output
     tls = service.event("tls")
     assert tls["result"] == "failed"
     assert "unknown ca" in tls["why"]
