@@ -23,8 +23,12 @@ import fcntl
 import os
 import stat
 import time
-from _blake2 import blake2b  # hashlib loads OpenSSL, which takes longer than the lock may be held
 from _socket import AF_INET, AF_INET6, inet_pton  # socket takes longer to import
+
+try:
+    from _blake2 import blake2b  # hashlib loads OpenSSL, which takes longer to import
+except ImportError:  # an interpreter that was built without it
+    from hashlib import blake2b
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -181,29 +185,32 @@ def _lock(descriptor: int, kind: int) -> None:
 
 def _key(descriptor: int) -> bytes:
     """The key in the header of the table, which is made if the file is new; raises OSError."""
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "not a file")
-    if _is_new(descriptor):
+    size, header = _look(descriptor)
+    if _is_new(size, header):
         _lock(descriptor, fcntl.LOCK_EX)
-        if _is_new(descriptor):
-            os.ftruncate(descriptor, SIZE)
-            os.pwrite(descriptor, _MAGIC + os.urandom(_KEY), 0)
-    header = _header(descriptor)
-    if os.fstat(descriptor).st_size != SIZE or not header.startswith(_MAGIC):
+        size, header = _look(descriptor)  # somebody may have made it meanwhile
+        if _is_new(size, header):
+            size, header = SIZE, _MAGIC + os.urandom(_KEY)
+            os.ftruncate(descriptor, size)
+            os.pwrite(descriptor, header, 0)
+    if size != SIZE or not header.startswith(_MAGIC):
         raise OSError(errno.EINVAL, "not a table of failed attempts; remove it, or name another")
     return header[len(_MAGIC) :]
 
 
-def _header(descriptor: int) -> bytes:
-    return os.pread(descriptor, len(_MAGIC) + _KEY, 0)
+def _look(descriptor: int) -> tuple[int, bytes]:
+    """The size of the file, and its header; raises OSError, too, where it is no file."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a file")
+    return found.st_size, os.pread(descriptor, len(_MAGIC) + _KEY, 0)
 
 
-def _is_new(descriptor: int) -> bool:
+def _is_new(size: int, header: bytes) -> bool:
     """Whether the file is empty; or it has its size, and no header: when it was made the disk was
     full, or the power went.
     """
-    return os.fstat(descriptor).st_size in (0, SIZE) and not any(_header(descriptor))
+    return size in (0, SIZE) and not any(header)
 
 
 def _place(who: bytes, key: bytes) -> tuple[int, bytes]:

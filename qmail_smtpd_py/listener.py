@@ -95,8 +95,7 @@ class Listener:
         service = self._load()
         warm_up = WarmUp(service, options.max_age)
         hear, wake = self._catch_signals()
-        staff = Staff(options, self._socket, service, warm_up)
-        staff.own_descriptors = (hear, wake)
+        staff = Staff(options, self._socket, service, warm_up, (hear, wake))
         pool = Pool(options.limit, options.idle, staff, score, hear)
         pool.adopt(self._heritage.workers)
         if service.is_verbose:
@@ -231,8 +230,14 @@ class Staff(Employer):
     """The workers of a listener: what they do, and what is told of them."""
 
     def __init__(
-        self, options: Options, listener: socket.socket, service: Service, warm_up: WarmUp
+        self,
+        options: Options,
+        listener: socket.socket,
+        service: Service,
+        warm_up: WarmUp,
+        own_descriptors: tuple[int, ...],
     ) -> None:
+        self.own_descriptors = own_descriptors
         self._options = options
         self._listener = listener
         self._service = service

@@ -140,7 +140,7 @@ class User:
 
 
 # What an unknown user of an empty file is checked against: the result does not matter.
-_NOBODY = User(b"", PasswordHash(bytes(16), bytes(32)), b"")
+_NOBODY = User(b"", PasswordHash(bytes(16), bytes(32)))
 
 
 class UsersFile:
