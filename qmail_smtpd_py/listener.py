@@ -114,7 +114,7 @@ class Listener:
             give_no_tickets(environ)
         arguments = [os.fsencode(word) for word in options.arguments]
         start = os.fsencode(self._successor.directory)
-        resources = Resources(CachedControlFiles(), tls.CachedContexts(), start)
+        resources = Resources(CachedControlFiles(), tls.CachedContexts(), start, self._log)
         service = Service(
             environ,
             arguments,

@@ -52,10 +52,14 @@ def format_line(event: str, fields: Mapping[str, object]) -> bytes:
 class Log:
     """Writes lines.  Where the reader is stuck a line is lost, as a log that takes nothing is no
     reason to refuse mail; until one is read again, the reader is waited for no more.
+
+    What it finds out about the descriptor it keeps: one that is moved needs another Log.
     """
 
     def __init__(self) -> None:
         self._is_stuck = False
+        self._can_say_no = True  # to a write that must not wait, if it would have to
+        self._has_room = False  # always, as a file has
 
     def write(self, event: str, fields: Mapping[str, object]) -> bool:
         """Write the line for an event; False if it is lost."""
@@ -74,7 +78,7 @@ class Log:
         octets = line + b"\n"
         until = 0.0
         try:
-            while not _write_at_once(octets):
+            while not self._write_at_once(octets):
                 now = time.monotonic()
                 until = until or now + (0.0 if self._is_stuck else _PATIENCE)
                 if now >= until or not _takes_more.poll((until - now) * 1000):
@@ -85,23 +89,29 @@ class Log:
         self._is_stuck = False
         return True
 
+    def _write_at_once(self, octets: bytes) -> bool:
+        """Write without a wait; False if there is no room now.  Raises OSError."""
+        if self._can_say_no:
+            try:
+                os.pwritev(DESCRIPTOR, (octets,), -1, os.RWF_NOWAIT)
+                return True
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                self._has_room = _is_file()
+                if isinstance(error, BlockingIOError) and not self._has_room:
+                    return False
+                # Nobody promises it for pipes before Linux 6.4, or for files.
+                self._can_say_no = False
+        if not self._has_room and not _takes_more.poll(0):
+            return False
+        os.write(DESCRIPTOR, octets)
+        return True
+
 
 def write(event: str, fields: Mapping[str, object]) -> bool:
     """Write the line for an event, of no session's or of one that is over; False if it is lost."""
     return Log().write(event, fields)
-
-
-def _write_at_once(octets: bytes) -> bool:
-    """Write without a wait; False if there is no room now.  Raises OSError."""
-    try:
-        os.pwritev(DESCRIPTOR, (octets,), -1, os.RWF_NOWAIT)
-    except OSError as error:
-        # Nobody promises that for pipes before Linux 6.4, or for files, which always have room.
-        is_full = isinstance(error, BlockingIOError) and not _is_file()
-        if is_full or not _takes_more.poll(0):
-            return False
-        os.write(DESCRIPTOR, octets)
-    return True
 
 
 def _is_file() -> bool:

@@ -52,15 +52,20 @@ class Resources:
 
     `files` reads control files; `contexts` has TLS contexts, where there is more than one
     connection; `encryption` is what does TLS, once that is loaded; `left_children` are the process
-    ids of qmail-queues and check programs that were given up and may not have ended yet.  `start`
-    is the directory that a relative qmail home is in.
+    ids of qmail-queues and check programs that were given up and may not have ended yet; `log`
+    writes the lines of sessions.  `start` is the directory that a relative qmail home is in.
     """
 
-    __slots__ = ("_home", "_start", "contexts", "encryption", "files", "left_children")
+    __slots__ = ("_home", "_start", "contexts", "encryption", "files", "left_children", "log")
 
     def __init__(
-        self, files: ControlFiles, contexts: CachedContexts | None = None, start: bytes = b""
+        self,
+        files: ControlFiles,
+        contexts: CachedContexts | None = None,
+        start: bytes = b"",
+        sink: log.Log | None = None,
     ) -> None:
+        self.log = sink or log.Log()
         self.files = files
         self.contexts = contexts
         self._start = start
@@ -117,7 +122,6 @@ class Server(Effects):
         self._rcpt_hosts = RcptHosts(files)
         self.is_smtps = b"SMTPS" in environ and self.connection.cipher is None
         self._encryption: Encryption | None = None
-        self._log = log.Log()
         self._errors = Quota(MOST_ERRORS, "errors")
 
     @property
@@ -153,7 +157,7 @@ class Server(Effects):
 
     def log(self, event: str, fields: Mapping[str, object]) -> None:
         if event != "error" or self._errors.allows(self.log):
-            self._log.write(event, {"ip": self.connection.remote_ip, **fields})
+            self._resources.log.write(event, {"ip": self.connection.remote_ip, **fields})
 
     # Policy
 
@@ -308,7 +312,7 @@ def serve(
     except HandedOver as handed_over:
         return handed_over.exit_status
     except ControlError as error:
-        log.write("error", {"ip": Connection(environ).remote_ip, "why": str(error)})
+        resources.log.write("error", {"ip": Connection(environ).remote_ip, "why": str(error)})
         if not begin:
             wire.write(reply.CONTROLS_UNREADABLE.render())
             if server:  # which has told of the connection, too
@@ -380,7 +384,8 @@ def _greet(wire: Wire, server: Server, session: Session) -> None:
             return
         time.sleep(max(0, begin + delay - time.monotonic()))
     wire.write(session.greet())
-    wire.write(session.receive(early))
+    if early:
+        wire.write(session.receive(early))
 
 
 def _take_turns(wire: Wire, server: Server, session: Session) -> None:

@@ -234,7 +234,7 @@ class Helper(Worker):
                 for descriptor in descriptors:
                     given.callback(os.close, descriptor)
                 read_fd, write_fd, log_fd = descriptors
-                given.enter_context(logging_to(log_fd))
+                given.enter_context(logging_to(log_fd, self._service.resources))
                 wire.move(read_fd, write_fd)
                 return True
 
@@ -245,13 +245,15 @@ class Helper(Worker):
 
 
 @contextlib.contextmanager
-def logging_to(descriptor: int) -> Iterator[None]:
-    """Have the log go to another descriptor."""
-    ours = os.dup(log.DESCRIPTOR)
+def logging_to(descriptor: int, resources: Resources) -> Iterator[None]:
+    """Have the log of sessions go to another descriptor."""
+    ours, our_log = os.dup(log.DESCRIPTOR), resources.log
     os.dup2(descriptor, log.DESCRIPTOR)
+    resources.log = log.Log()
     try:
         yield
     finally:
+        resources.log = our_log
         os.dup2(ours, log.DESCRIPTOR)
         os.close(ours)
 

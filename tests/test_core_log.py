@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import subprocess
 import sys
 import time
@@ -101,6 +102,45 @@ def test_a_file_that_promises_not_to_wait_and_does_not_keep_it_gets_the_line(
         monkeypatch.setattr(log, "DESCRIPTOR", file.fileno())
         assert log.write("connect", {})
     assert logs.read_all((tmp_path / "log").read_bytes())[0].event == "connect"
+
+
+def test_a_descriptor_that_can_not_promise_it_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As most file systems, and pipes before Linux 6.4."""
+    asked = []
+
+    def refuse(*arguments: object) -> int:
+        asked.append(arguments)
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(log.os, "pwritev", refuse)
+    with (tmp_path / "log").open("wb") as file:
+        monkeypatch.setattr(log, "DESCRIPTOR", file.fileno())
+        lines = log.Log()
+        assert lines.write("connect", {})
+        assert lines.write("disconnect", {})
+    read = logs.read_all((tmp_path / "log").read_bytes())
+    assert [line.event for line in read] == ["connect", "disconnect"]
+    assert len(asked) == 1
+
+
+def test_a_pipe_that_can_not_promise_it_is_asked_whether_it_has_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(log.os, "pwritev", refuse)
+    monkeypatch.setattr(log, "_PATIENCE", 0.01)
+    with logs.nobody_reads() as full:
+        monkeypatch.setattr(log, "DESCRIPTOR", full)
+        takes_more = select.poll()
+        takes_more.register(full, select.POLLOUT)
+        monkeypatch.setattr(log, "_takes_more", takes_more)
+        lines = log.Log()
+        assert not lines.write("connect", {})
+        assert not lines.write("disconnect", {})
 
 
 HERD = """

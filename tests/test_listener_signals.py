@@ -159,6 +159,27 @@ def test_the_end_where_nobody_reads_the_log(mx: Stage) -> None:
             assert started.wait(PATIENCE) == 0
 
 
+def test_a_log_that_nobody_reads_is_waited_for_once(mx: Stage) -> None:
+    """Not in each session: those that wait behind it would wait for long."""
+    command = [*program(), "-1", "-v", "-R", "-H", "-c", "1", ADDRESS, "0"]
+    with logs.nobody_reads() as log:
+        started = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, env=octet_environment(mx)
+        )
+        with started:
+            assert started.stdout
+            port = int(started.stdout.readline())
+            begin = time.monotonic()
+            for _ in range(10):
+                client = Client(SocketConnection(socket.create_connection((ADDRESS, port))))
+                assert client.reply() == "220 mx.example.org ESMTP"
+                quit_(client)
+            lasted = time.monotonic() - begin
+            started.terminate()
+            assert started.wait(PATIENCE) == 0
+    assert lasted < 8  # each has lines of its own
+
+
 def test_signals_that_come_too_late_change_nothing(mx: Stage) -> None:
     with Listening(mx) as listener:
         client = listener.greeted()
