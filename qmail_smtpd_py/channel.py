@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cryptography import x509
 
 _RECORD = 16384  # octets in a TLS record (RFC 8446 section 5.1)
+_PIECE = 65536  # octets that are taken from OpenSSL at a time
 
 
 class Notes:
@@ -32,6 +33,9 @@ class Channel:
 
     `ended` is empty until the peer ended TLS or broke it, and then says how; `notes` are complete
     when the handshake is.  `library` is OpenSSL.SSL, and `context` one of its contexts.
+
+    That there is nothing is an exception to pyOpenSSL, and costs as much as a record: so it is not
+    asked for what it can not have.
     """
 
     def __init__(self, library: Any, context: Any, is_client: bool = False) -> None:
@@ -44,26 +48,36 @@ class Channel:
         else:
             self._connection.set_accept_state()
         self._up = False
+        self._may_have_input = is_client  # who speaks first
+        self._may_have_output = False
         self.ended = ""
 
     def feed(self, data: bytes) -> None:
         """Take in what came from the peer."""
         self._connection.bio_write(data)
+        self._may_have_input = True
 
     def pending(self) -> bytes:
         """What is to be sent to the peer."""
         pieces = []
         try:
-            while True:
-                pieces.append(self._connection.bio_read(65536))
+            while self._may_have_output:
+                piece = self._connection.bio_read(_PIECE)
+                pieces.append(piece)
+                self._may_have_output = len(piece) == _PIECE
         except self._ssl.WantReadError:
-            return b"".join(pieces)
+            self._may_have_output = False
+        return b"".join(pieces)
 
     def handshake(self) -> bool:
         """Go on with the handshake: True when it is complete; raises TlsError."""
+        if not self._may_have_input:
+            return False
+        self._may_have_output = True
         try:
             self._connection.do_handshake()
         except self._ssl.WantReadError:
+            self._may_have_input = False
             return False
         except self._ssl.Error as error:
             raise TlsError(reason(error)) from None
@@ -74,12 +88,15 @@ class Channel:
         """What the peer said, as far as it has come; empty where more is to be fed, or it ended."""
         if self.ended:
             return b""  # lest OpenSSL, asked again, has another reason
+        if not self._may_have_input:
+            return b""
+        self._may_have_output = True
         pieces = []
         try:
             while True:
                 pieces.append(self._connection.recv(_RECORD))
         except self._ssl.WantReadError:
-            pass
+            self._may_have_input = False
         except self._ssl.ZeroReturnError:
             self.ended = "hung up"
         except self._ssl.Error as error:
@@ -91,6 +108,7 @@ class Channel:
         """The data, encrypted; where the peer has broken TLS meanwhile, an alert instead, and the
         next `read` tells of it.
         """
+        self._may_have_output = True
         try:
             self._connection.sendall(data)
         except self._ssl.Error as error:
@@ -100,6 +118,7 @@ class Channel:
     def close(self) -> bytes:
         """The words that end TLS, if it was on."""
         if self._up:
+            self._may_have_output = True
             try:
                 self._connection.shutdown()
             except self._ssl.Error:

@@ -115,6 +115,10 @@ class ControlFiles:
             return False
         return True
 
+    def seen(self, name: str) -> Signature | None:
+        """The signature of the file; None if there is none."""
+        return signature(DIRECTORY + name)
+
     def lacks(self, name: str) -> bool:
         """Whether the directory is there and has no such file, asked without what is kept.
 
@@ -143,10 +147,10 @@ class CachedControlFiles(ControlFiles):
         for name, known in self._signatures.items():
             if signature(DIRECTORY + name) != known:
                 changed.append(name)
-        directory = _settled_signature()
+        directory = signature(DIRECTORY + ".")
         if directory is None or directory != self._directory:
             changed += [name for name in self._absent if _has_entry(name)]
-            self._directory = directory
+            self._directory = directory if _is_settled(directory) else None
         if changed:
             for name in changed:
                 self._signatures.pop(name, None)
@@ -186,6 +190,10 @@ class CachedControlFiles(ControlFiles):
         self._note(name)
         return name not in self._absent and super().exists(name)
 
+    def seen(self, name: str) -> Signature | None:
+        self._note(name)
+        return self._signatures.get(name)
+
     def _note(self, name: str) -> None:
         # Before it is read: a change in between shows at the next refresh.
         if name not in self._signatures and name not in self._absent:
@@ -199,13 +207,11 @@ _MOST_DERIVED = 100  # as many environments as rules may make are too many
 _SETTLED_SECONDS = 3  # what is older has another time when it changes again, on any file system
 
 
-def _settled_signature() -> Signature | None:
-    """The signature of the directory, if every change from now on will show in it."""
-    found = signature(DIRECTORY + ".")
-    if found is None or len(found) == 1:
-        return None
-    changed_at = max(found[-2:]) / 1e9
-    return found if changed_at < time.time() - _SETTLED_SECONDS else None
+def _is_settled(directory: Signature | None) -> bool:
+    """Whether every change from now on will show in the signature of a directory."""
+    if directory is None or len(directory) == 1:
+        return False
+    return max(directory[-2:]) / 1e9 < time.time() - _SETTLED_SECONDS
 
 
 def _has_entry(name: str) -> bool:

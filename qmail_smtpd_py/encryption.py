@@ -77,7 +77,7 @@ class Encryption:
                 bytes(_ROOM_FOR_MANY if self._contexts else _ROOM)
             self._choose()
             if self._contexts:
-                self._context = self._contexts.get(self._policy())
+                self._context = self._contexts.get(self._policy(), self._files)
             else:
                 certificates.check()
         except _NOT_LOADED as error:

@@ -21,9 +21,10 @@ class Reply:
 
     def render(self) -> bytes:
         """The octets of the reply (RFC 5321 section 4.2.1)."""
-        *first, last = self.lines
-        octets = b"%d %s\r\n" % (self.code, last)
-        return b"".join(b"%d-%s\r\n" % (self.code, line) for line in first) + octets
+        octets = b"%d %s\r\n" % (self.code, self.lines[-1])
+        for line in self.lines[-2::-1]:
+            octets = b"%d-%s\r\n%s" % (self.code, line, octets)
+        return octets
 
     def __repr__(self) -> str:
         return f"<Reply {self.code} {b' / '.join(self.lines)!r}>"

@@ -89,6 +89,8 @@ def environment(
 
 def bare_ip(ip: str) -> str:
     """An address as variables have it: without a zone, and IPv4 in IPv6's clothes as IPv4."""
+    if ":" not in ip:
+        return ip
     return plain_ip(ip.partition("%")[0].encode()).decode()
 
 

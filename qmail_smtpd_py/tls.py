@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from .control import ControlFiles
+
 CLIENT_AUTHORITIES = "control/clientca.pem"
 REVOCATIONS = "control/clientcrl.pem"
 DH_PARAMETERS = "control/dh2048.pem"
@@ -299,9 +301,9 @@ class CachedContexts:
     def __init__(self) -> None:
         self._contexts: dict[Policy, tuple[object, Context]] = {}
 
-    def get(self, policy: Policy) -> Context:
+    def get(self, policy: Policy, files: ControlFiles) -> Context:
         """The context for a policy; raises TlsError."""
-        seen = tuple(map(signature, _ASKING_FILES if policy.ask_client else _FILES))
+        seen = tuple(map(files.seen, _ASKING_FILES if policy.ask_client else _FILES))
         cached = self._contexts.get(policy)
         if cached is not None and cached[0] == seen:
             return cached[1]
@@ -312,8 +314,9 @@ class CachedContexts:
         return context
 
 
-_FILES = (SERVER_CERTIFICATE, certificates.second(SERVER_CERTIFICATE), DH_PARAMETERS, BY_NAME)
-_ASKING_FILES = (*_FILES, CLIENT_AUTHORITIES, REVOCATIONS)
+_CERTIFICATES = (SERVER_CERTIFICATE, certificates.second(SERVER_CERTIFICATE))
+_FILES = tuple(map(os.path.basename, (*_CERTIFICATES, DH_PARAMETERS, BY_NAME)))
+_ASKING_FILES = (*_FILES, *map(os.path.basename, (CLIENT_AUTHORITIES, REVOCATIONS)))
 """What a context is made of: files, and a directory, which changes when the first name is there."""
 
 

@@ -20,6 +20,7 @@ from listener.mail import quit_
 from listener.world import put
 
 from qmail_smtpd_py import certificates
+from qmail_smtpd_py.control import CachedControlFiles, ControlFiles
 from qmail_smtpd_py.tls import CachedContexts, NamedContexts, Policy
 
 pytestmark = pytest.mark.tls
@@ -154,18 +155,20 @@ def test_parameters_for_dhe_count_from_the_next_connection_on(
     mx: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(mx.home)
-    contexts = CachedContexts()
-    before = contexts.get(Policy())
-    assert contexts.get(Policy()) is before
+    contexts, files = CachedContexts(), CachedControlFiles()
+    before = contexts.get(Policy(), files)
     mx.control({"dh2048.pem": "none\n"})
-    (warning,) = contexts.get(Policy()).warnings
+    assert contexts.get(Policy(), files) is before
+    files.refresh()
+    (warning,) = contexts.get(Policy(), files).warnings
     assert warning.startswith("control/dh2048.pem: ")
 
 
 def test_ciphers_that_our_own_client_has_not(mx: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others may have them."""
     monkeypatch.chdir(mx.home)
-    assert CachedContexts().get(Policy((b"TLS_AES_128_CCM_SHA256",))).warnings == []
+    policy = Policy((b"TLS_AES_128_CCM_SHA256",))
+    assert CachedContexts().get(policy, ControlFiles()).warnings == []
 
 
 def test_a_certificate_that_can_not_be_used_is_no_surprise_in_a_handshake(
@@ -175,7 +178,7 @@ def test_a_certificate_that_can_not_be_used_is_no_surprise_in_a_handshake(
     monkeypatch.chdir(mx.home)
     mx.control({"servercert.pem": "none\n"})
     with pytest.raises(certificates.Unavailable, match="no certificate in it"):
-        CachedContexts().get(Policy())
+        CachedContexts().get(Policy(), ControlFiles())
 
 
 def test_a_defect_in_the_middle_of_a_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
