@@ -47,6 +47,8 @@ _USE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 _LARGEST = 65536  # octets of a file that is read for `cat` or `head`
 
+_DEEPEST = 20  # commands within commands, and shells within shells, that are looked into
+
 
 class RunFile:
     """What a run file says.
@@ -73,6 +75,7 @@ class RunFile:
         self._set_at: dict[str, int] = {}
         self._exports_all = False
         self._line = 0
+        self._depth = 0
         self._is_over = False
         self._read(script.replace("\0", ""), "the script")  # sh passes over them
         for name, line in self._set_at.items():
@@ -255,8 +258,13 @@ class RunFile:
     def _follow_shell(self, script: str, environ: dict[str, str]) -> None:
         """A shell with a script of its own; what that sets is gone with it."""
         self.chain.script = None
+        if self._depth == _DEEPEST:
+            self._note("a shell in a shell, and so on, too deep to be followed")
+            return
+        self._depth += 1
         before, self.environ = self.environ, environ
         self._read(script, "the script of a shell")
+        self._depth -= 1
         if not self._is_over:
             self.environ = before
 
@@ -308,6 +316,8 @@ class RunFile:
 
     def _answer(self, script: str) -> str | None:
         """What a command would print, of those that need not be run to know it, or None."""
+        if script.count("$(") > _DEEPEST:
+            return None
         try:
             commands = shellwords.parse(script)
         except shellwords.ScriptError:

@@ -127,7 +127,7 @@ def _ask(*prompts: str, from_stdin: bool) -> bytes:
     if from_stdin:
         if not sys.stdin:  # it is closed
             raise Refusal("no password could be read from standard input")
-        password = sys.stdin.buffer.readline().removesuffix(b"\n")
+        password = sys.stdin.buffer.readline().removesuffix(b"\n").removesuffix(b"\r")
     else:
         first, *others = (_ask_terminal(prompt) for prompt in prompts)
         if any(other != first for other in others):

@@ -187,6 +187,14 @@ def test_values_that_are_not_known(script: str) -> None:
     assert run.notes[0].startswith("line 2: ")
 
 
+def test_what_is_too_deep_is_not_followed() -> None:
+    nested = "NAME=" + "$(cat " * 400 + "x" + ")" * 400
+    shells = "SHELLS='sh -c \"$SHELLS\"'\n$SHELLS"
+    run = read(f"{nested}\n{shells}\n{LAST}")
+    assert run.chain.program == "qmail-smtpd"
+    assert len(run.notes) == 2
+
+
 def test_nothing_is_run(tmp_path: Path) -> None:
     made = tmp_path / "made"
     for script in (f"export A=$(touch {made})", f"A=`touch {made}`", f"touch {made}", f". {made}"):

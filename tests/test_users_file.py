@@ -243,9 +243,10 @@ def test_passwords_that_are_none(home, path, password):
     assert not path.exists()
 
 
-def test_a_password_is_a_line_to_its_last_octet(home):
-    password = b" \t\xe4'\"$\\ \r"
-    assert tool(home, "set", "alice", "--stdin", password=password + b"\nignored")[0] == 0
+@pytest.mark.parametrize("end", [b"", b"\n", b"\nignored", b"\r\n"])
+def test_a_password_is_a_line_without_its_end(home, end):
+    password = b" \t\xe4'\"$\r\\ "
+    assert tool(home, "set", "alice", "--stdin", password=password + end)[0] == 0
     assert accepts(home, b"alice", password)
 
 
