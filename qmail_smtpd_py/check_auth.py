@@ -8,7 +8,7 @@ import shutil
 
 from . import users_file
 from .rights import has_setuid, obstacle, owner, program_trouble, user_name
-from .sasl import auth_policy
+from .settings import auth_policy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

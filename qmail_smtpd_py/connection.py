@@ -12,8 +12,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .sasl import AuthPolicy
-
 
 class Connection:
     """The connection as tcpserver describes it in the environment (tcp-environ(5)).
@@ -62,6 +60,19 @@ def cipher_in(environ: Mapping[bytes, bytes]) -> bytes | None:
 def plain_ip(ip: bytes) -> bytes:
     """The address, but for an IPv4 address that is mapped into IPv6: that one as IPv4."""
     return ip[7:] if ip[:7].lower() == b"::ffff:" and b"." in ip else ip
+
+
+class AuthPolicy:
+    """What SMTPAUTH says: the mechanisms on offer, in the order EHLO names them; whether MAIL needs
+    authentication; whether the check program is given a third field, the CRAM-MD5 challenge.
+    """
+
+    __slots__ = ("challenge_field", "mechanisms", "required")
+
+    def __init__(self, mechanisms: tuple[bytes, ...], required: bool) -> None:
+        self.mechanisms = mechanisms
+        self.required = required
+        self.challenge_field = b"CRAM-MD5" in mechanisms
 
 
 class Settings:

@@ -1,13 +1,15 @@
 """Launchers: the programs as they are installed, made to start in the least time.
 
 qmail-smtpd is started anew for every connection, so every connection pays for what it does before
-its first reply.  Four things make that cheap:
+its first reply.  Five things make that cheap:
 
     the interpreter itself is started, not a virtual environment's link to it, with -I and -S: it
     neither looks at the environment nor runs `site`; the launcher says where the packages are
     posix is imported, of which os is a wrapper that takes a seventh of an interpreter's start
     all modules come out of one file, the start-up image, which has their code in the order in
-    which they import each other: nothing is looked for, and nothing is read but this file
+    which they import each other: nothing is looked for, and nothing is read but this file; the
+    launcher itself, which is compiled each time, does no more than to read it
+    what not every session needs is in the image as octets, and runs when something of it is used
     the program ends by _exit: a process that ends anyway need not take itself apart
 
 A module that is not in the image is imported in the usual way when it is asked for.  An image is
@@ -37,10 +39,11 @@ from . import reply
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from types import CodeType
+    from typing import Union
 
-    Entry = tuple[str, str, CodeType]
+    Entry = tuple[str, str, Union[CodeType, bytes]]
 
 PACKAGE = "qmail_smtpd_py"
 SOURCES = Path(__file__).resolve().parent
@@ -52,9 +55,9 @@ SHEBANG_LIMIT = 127
 class Program:
     """A program that the mail system starts: `main` is the module whose `main` function it is.
 
-    `late` names modules that it imports when it needs them, but needs so often that they are better
-    in the image.  If it can not be loaded, `trouble` is the exit status, and `reply` is written to
-    descriptor 1.
+    `late` names modules that not every run of it needs, but so many that they are better in the
+    image: they run when something of them is used, unless others import that by its name.  If the
+    program can not be loaded, `trouble` is the exit status, and `reply` is written to descriptor 1.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Program:
 PROGRAMS = {
     "qmail-smtpd": Program(
         "smtpd",
-        late=("qmail_queue",),
+        late=("cdb", "maildata", "qmail_queue", "sasl", "trace"),
         trouble=1,
         reply=reply.OUT_OF_MEMORY.render(),
     ),
@@ -87,40 +90,60 @@ TOOLS = {
 _LAUNCHER = """\
 #!{interpreter} -IS
 # Made by {package}/launcher.py, which tells why it is so.
-import sys
-from _frozen_importlib_external import MAGIC_NUMBER
-from _signal import alarm
-from marshal import loads
-from posix import _exit, geteuid, getpid, write
+import sys, posix, marshal, _signal, _frozen_importlib_external
 
 sys.path += {path!r}
 status, reply = {trouble}, {reply!r}
 try:
     try:
-        with open({image!r}, "rb") as file:
-            image = file.read()
+        image = open({image!r}, "rb").read()
     except OSError:
         image = b""
-    if image.startswith(MAGIC_NUMBER):
-        for name, file, code in loads(memoryview(image)[len(MAGIC_NUMBER) :]):
-            module = sys.modules[name] = type(sys)(name)
-            module.__package__, module.__file__ = {package!r}, {sources!r} + file
-            exec(code, module.__dict__)
-        sys.modules[{package!r}].__path__ = [{sources!r}]
+    magic = _frozen_importlib_external.MAGIC_NUMBER
+    if image.startswith(magic):
+        sources = {sources!r}
+        start, modules = marshal.loads(memoryview(image)[len(magic) :])
+        exec(start)
     from {package}.{main} import main
     reply = b""
     status = main()
 except Exception as error:
+    image = start = modules = None  # there may be no memory for words
     why = "%s (uid %d): can it not read the program, or is the memory limit too low?"
-    why %= (type(error).__name__, geteuid())
+    why %= (type(error).__name__, posix.geteuid())
     try:
-        write(1, reply)
+        posix.write(1, reply)
     finally:
-        alarm(2)  # a log that takes nothing is not waited for
-        write(2, ('{name}[%d]: error why="%s"\\n' % (getpid(), why)).encode())
+        _signal.alarm(2)  # a log that takes nothing is not waited for
+        posix.write(2, ('{name}[%d]: error why="%s"\\n' % (posix.getpid(), why)).encode())
 finally:
-    _exit(status)
+    posix._exit(status)
 """
+
+_START = """\
+import gc
+
+class Late(type(sys)):
+    def __getattr__(self, name):
+        self.__class__ = type(sys)
+        exec(marshal.loads(self.__dict__.pop("late")), self.__dict__)
+        return getattr(self, name)
+
+gc.disable()  # what is loaded is no garbage, and would be looked at again and again
+package = modules[0][0]
+for name, file, code in modules:
+    is_late = type(code) is bytes
+    module = sys.modules[name] = (Late if is_late else type(sys))(name)
+    module.__package__, module.__file__ = package, sources + file
+    if is_late:
+        module.late = code
+    else:
+        exec(code, module.__dict__)
+sys.modules[package].__path__ = [sources]
+gc.freeze()
+gc.enable()
+"""
+"""What the image begins with: it makes modules of what follows."""
 
 _TOOL = """\
 #!{interpreter} -IS
@@ -144,21 +167,26 @@ sys.exit(111)
 
 
 def image(program: Program) -> bytes:
-    """The start-up image: the bytecode's magic number, and (name, file, code) for each module."""
+    """The start-up image: the bytecode's magic number, what makes modules, and (name, file, code)
+    for each of them, with the code in octets where it is for later.
+    """
     entries: dict[str, Entry] = {}
     for name in ("__init__", *program.late, program.main):
-        _add(name, entries)
-    return MAGIC_NUMBER + marshal.dumps(list(entries.values()))
+        _add(name, entries, program.late)
+    start = compile(_START, "start", "exec", dont_inherit=True)
+    return MAGIC_NUMBER + marshal.dumps((start, list(entries.values())))
 
 
-def _add(name: str, entries: dict[str, Entry]) -> None:
+def _add(name: str, entries: dict[str, Entry], late: Collection[str]) -> None:
     """Add a module's entry behind those of the modules that it imports."""
     if name not in entries:
         source = SOURCES / f"{name}.py"
         tree = ast.parse(source.read_bytes())
         for imported in _imports(tree):
-            _add(imported, entries)
-        entries[name] = _entry(name, source, tree)
+            _add(imported, entries, late)
+        code = _compile(source, tree)
+        full_name = PACKAGE if name == "__init__" else f"{PACKAGE}.{name}"
+        entries[name] = full_name, f"/{source.name}", marshal.dumps(code) if name in late else code
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
@@ -166,11 +194,6 @@ def _imports(tree: ast.Module) -> Iterator[str]:
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             yield from [node.module] if node.module else [alias.name for alias in node.names]
-
-
-def _entry(name: str, source: Path, tree: ast.Module) -> Entry:
-    full_name = PACKAGE if name == "__init__" else f"{PACKAGE}.{name}"
-    return full_name, f"/{source.name}", _compile(source, tree)
 
 
 def _compile(source: Path, tree: ast.Module) -> CodeType:

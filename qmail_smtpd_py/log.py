@@ -25,7 +25,8 @@ OUT_OF_MEMORY = "out of memory; is the memory limit too low?"
 _VALUE_LIMIT = 1200
 _PLAIN = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:_-<>[],!#&*~?"
 _PRINTABLE = bytes(range(32, 127))
-_TO_PRINTABLE = bytes(octet if octet in _PRINTABLE else ord("?") for octet in range(256))
+_UNPRINTABLE = bytes(range(256)).translate(None, _PRINTABLE)
+_TO_PRINTABLE = bytes.maketrans(_UNPRINTABLE, b"?" * len(_UNPRINTABLE))
 _QUOTABLE = _PRINTABLE.translate(None, b'"\\')
 _CODING = "utf-8", "backslashreplace"
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096

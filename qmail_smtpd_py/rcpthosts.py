@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posix as os  # cheaper at start: see launcher.py
 
-from .cdb import CdbError, has
+from . import cdb
 from .control import entries, unusable
 from .effects import ControlError
 from .path import domain_of
@@ -75,8 +75,8 @@ def _keys_for(domain: bytes) -> list[bytes]:
 
 def _is_in_more(descriptor: int, key: bytes) -> bool:
     try:
-        return has(descriptor, key)
+        return cdb.has(descriptor, key)
     except OSError as error:
         raise unusable(_MORE, error) from None
-    except CdbError as error:
+    except cdb.CdbError as error:
         raise ControlError(f"cannot use control/{_MORE}: {error}; run qmail-newmrh") from None

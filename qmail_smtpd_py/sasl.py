@@ -1,4 +1,4 @@
-"""AUTH: what SMTPAUTH asks for, and the mechanisms PLAIN, LOGIN and CRAM-MD5 (RFC 4954).
+"""AUTH: the mechanisms PLAIN, LOGIN and CRAM-MD5 (RFC 4954).
 
 A mechanism is a generator: it yields a challenge, is sent the client's response as it stands in its
 line, and returns Credentials; it raises Malformed for a response that is.  It knows nothing of
@@ -20,38 +20,6 @@ LINE_LIMIT = 12288
 """Octets in a line of an exchange (RFC 4954 section 4), without its CR LF."""
 
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-
-
-class AuthPolicy:
-    """What SMTPAUTH says: the mechanisms on offer, in the order EHLO names them; whether MAIL needs
-    authentication; whether the check program is given a third field, the CRAM-MD5 challenge.
-    """
-
-    __slots__ = ("challenge_field", "mechanisms", "required")
-
-    def __init__(self, mechanisms: tuple[bytes, ...], required: bool) -> None:
-        self.mechanisms = mechanisms
-        self.required = required
-        self.challenge_field = b"CRAM-MD5" in mechanisms
-
-
-def auth_policy(smtpauth: bytes | None) -> AuthPolicy:
-    """The policy that the value of SMTPAUTH stands for; None where the variable is unset.
-
-    It fails closed where the C program is loose: anything that begins with `-`, or is `0`, is off,
-    and anything that begins with `!` requires authentication.
-    """
-    if smtpauth is None or smtpauth == b"0" or smtpauth.startswith(b"-"):
-        return AuthPolicy((), required=False)
-    value = smtpauth.lower()
-    required = value.startswith(b"!")
-    if required:
-        value = value[1:]
-    if value.startswith(b"cram"):
-        return AuthPolicy((b"CRAM-MD5",), required)
-    if value.startswith(b"+cram"):
-        return AuthPolicy((b"LOGIN", b"PLAIN", b"CRAM-MD5"), required)
-    return AuthPolicy((b"LOGIN", b"PLAIN"), required)
 
 
 class Credentials:

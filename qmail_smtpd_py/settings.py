@@ -7,10 +7,9 @@ counts for all.  So where there are both, the variable wins.
 from __future__ import annotations
 
 from .conduct import Limits
-from .connection import Settings
+from .connection import AuthPolicy, Settings
 from .effects import ControlError
 from .path import number
-from .sasl import auth_policy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,6 +56,25 @@ class Sources:
     def switch(self, variable: bytes) -> bool:
         """Whether the variable says yes: it is set, and neither empty nor 0."""
         return self.environ.get(variable, b"") not in (b"", b"0")
+
+
+def auth_policy(smtpauth: bytes | None) -> AuthPolicy:
+    """The policy that the value of SMTPAUTH stands for; None where the variable is unset.
+
+    It fails closed where the C program is loose: anything that begins with `-`, or is `0`, is off,
+    and anything that begins with `!` requires authentication.
+    """
+    if smtpauth is None or smtpauth == b"0" or smtpauth.startswith(b"-"):
+        return AuthPolicy((), required=False)
+    value = smtpauth.lower()
+    required = value.startswith(b"!")
+    if required:
+        value = value[1:]
+    if value.startswith(b"cram"):
+        return AuthPolicy((b"CRAM-MD5",), required)
+    if value.startswith(b"+cram"):
+        return AuthPolicy((b"LOGIN", b"PLAIN", b"CRAM-MD5"), required)
+    return AuthPolicy((b"LOGIN", b"PLAIN"), required)
 
 
 def session_settings(sources: Sources, me: bytes | None, can_authenticate: bool) -> Settings:

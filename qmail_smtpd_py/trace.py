@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .connection import Connection
 
 _SAFE = b".@%+/=:-abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-_TO_SAFE = bytes(octet if octet in _SAFE else ord("?") for octet in range(256))
+_UNSAFE = bytes(range(256)).translate(None, _SAFE)
+_TO_SAFE = bytes.maketrans(_UNSAFE, b"?" * len(_UNSAFE))
 _MONTHS = b"Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .maildata import MailData
+from . import maildata
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Message:
     def __init__(self, transaction: Transaction, delivery: Delivery, databytes: int) -> None:
         self.transaction = transaction
         self.delivery = delivery
-        self.data = MailData()
+        self.data = maildata.MailData()
         self._databytes = databytes
 
     @property

@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmail_smtpd_py import sasl
+from qmail_smtpd_py.settings import auth_policy
 
 CHALLENGE = b"<1896.697170952@postoffice.example.net>"  # that of RFC 2195 section 3, renamed
 
@@ -166,7 +167,7 @@ CRAM = (b"CRAM-MD5",)
     ],
 )
 def test_smtpauth(smtpauth: bytes | None, mechanisms: tuple, required: bool) -> None:
-    policy = sasl.auth_policy(smtpauth)
+    policy = auth_policy(smtpauth)
     assert policy.mechanisms == mechanisms
     assert policy.required == required
     assert policy.challenge_field == (b"CRAM-MD5" in mechanisms)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmail_smtpd_py.connection import Connection, Settings
-from qmail_smtpd_py.sasl import auth_policy
 from qmail_smtpd_py.session import CLOSED, TLS_HANDSHAKE
+from qmail_smtpd_py.settings import auth_policy
 from qmail_smtpd_py.watched import Transcript, WatchedSession, show_command
 
 

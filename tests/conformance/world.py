@@ -11,8 +11,9 @@ from binascii import b2a_base64
 from qmail_smtpd_py import log, reply
 from qmail_smtpd_py.connection import Connection, Settings
 from qmail_smtpd_py.effects import ControlError, Delivery, Effects, Identity
-from qmail_smtpd_py.sasl import Credentials, auth_policy
+from qmail_smtpd_py.sasl import Credentials
 from qmail_smtpd_py.session import Session
+from qmail_smtpd_py.settings import auth_policy
 
 NOW = 1700000000
 QUEUE_IS_FULL = reply.Reply(451, b"full (#4.3.0)")
