@@ -213,4 +213,6 @@ def why_not_loaded(error: Exception) -> str:
     """Why a library could not be loaded, and what to do."""
     if isinstance(error, ModuleNotFoundError):
         return f"the module {error.name} is not installed; run make install again"
+    if "write+execute" in str(error):
+        return "memory that can be written and executed is forbidden, and pyOpenSSL needs it"
     return f"{error}; {log.OUT_OF_MEMORY}" if str(error) else log.OUT_OF_MEMORY

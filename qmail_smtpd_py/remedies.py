@@ -26,6 +26,11 @@ _REMEDIES = (
         "program-unreadable",
         "chmod -R a+rX for what make install made, or make install again",
     ),
+    (
+        r"written and executed",
+        "execmem",
+        "take MemoryDenyWriteExecute= out of the unit; under SELinux allow execmem",
+    ),
     (r"memory limit|out of memory|MemoryError|failed to map|Cannot allocate", "memory", MEMORY),
     (r"cannot change to", "no-home", "QMAILHOME in the run file; chmod a+x for its directories"),
     (r"neither control/me", "no-me", "write the host's name into control/me; look at QMAILHOME"),

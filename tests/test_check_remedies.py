@@ -76,6 +76,10 @@ def test_secret_of_another_service(home: Path) -> None:
         ("control/clientca.pem: no start line", "clientca-unusable"),
         ("control/clientcrl.pem: no start line; no client certificate counts", "crl-unusable"),
         ("control/dh2048.pem: no start line", "dh-unusable"),
+        (
+            "memory that can be written and executed is forbidden, and pyOpenSSL needs it",
+            "execmem",
+        ),
     ],
 )
 def test_file_that_is_not_what_it_should_be(home: Path, why: str, code: str) -> None:

@@ -25,6 +25,7 @@ from conformance import grammar, logs
 from conformance.client import Client
 from conformance.program import ROOT, Program, under_test
 from conformance.stage import Stage
+from e2e.programs import lack
 
 NOBODY = 65534
 
@@ -315,6 +316,34 @@ def test_children_get_their_descriptors_and_no_others(host: Stage, tls: bool) ->
     assert delivery.descriptors.keys() == {0, 1, 2}
     for descriptors in (check.descriptors, delivery.descriptors):
         assert not [target for target in descriptors.values() if target.startswith("socket:")]
+
+
+DENIED = """
+import ctypes, os, sys
+PR_SET_MDWE, REFUSE_EXEC_GAIN = 65, 1
+if ctypes.CDLL(None).prctl(PR_SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0):
+    sys.exit(111)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_memory_that_may_not_be_written_and_executed(host: Stage) -> None:
+    """As with MemoryDenyWriteExecute= of systemd: mail in clear goes on, and the log says why."""
+    host.control({"servercert.pem": "@server-rsa.pem"})
+    command = [sys.executable, "-c", DENIED, *under_test()]
+    with Program(host, command=command) as program:
+        if program.client.reply() == "":
+            lack("a kernel that can forbid it (Linux 6.3)")
+        assert program.client.command(b"STARTTLS") == "220 ready for tls"
+        assert program.client.start_tls() != "ok"
+        assert program.wait() == 1
+        why = logs.read_all(program.log)[1].fields["why"]
+    assert why == "memory that can be written and executed is forbidden, and pyOpenSSL needs it"
+    with Program(host, command=command) as program:
+        begin_message(greeted(program))
+        program.client.send(b"\r\nx\r\n.\r\n")
+        assert program.client.reply().startswith("250 ok ")
+    assert len(queued(host)) == 1
 
 
 def status_of(host: Stage, connection: socket.socket, log: int) -> int:
