@@ -73,17 +73,14 @@ _ENDS = {
 """Which of the Limits it is then, and the reply that ends the session there."""
 
 
-_HTTP = (
-    b"GET ", b"POST ", b"HEAD ", b"PUT ", b"DELETE ", b"CONNECT ", b"OPTIONS ", b"TRACE ",
-    b"PATCH ", b"PRI ",
-)  # fmt: skip
-_RTSP = (b"DESCRIBE ", b"SETUP ", b"PLAY ", b"ANNOUNCE ")
-_SIP = (b"INVITE ", b"REGISTER ")
+_HTTP = ("GET", "POST", "HEAD", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "PRI")
+_RTSP = ("DESCRIBE", "SETUP", "PLAY", "ANNOUNCE")
+_SIP = ("INVITE", "REGISTER")
 
 _OPENINGS: dict[bytes, str] = {
-    **dict.fromkeys(_HTTP, "HTTP"),
-    **dict.fromkeys(_RTSP, "RTSP"),
-    **dict.fromkeys(_SIP, "SIP"),
+    **{b"%s " % method.encode(): "HTTP" for method in _HTTP},
+    **{b"%s " % method.encode(): "RTSP" for method in _RTSP},
+    **{b"%s " % method.encode(): "SIP" for method in _SIP},
     b"\x16\x03": "TLS",
     b"SSH-": "SSH",
     b"PROXY TCP": "PROXY protocol",

@@ -55,9 +55,10 @@ SHEBANG_LIMIT = 127
 class Program:
     """A program that the mail system starts: `main` is the module whose `main` function it is.
 
-    `late` names modules that not every run of it needs, but so many that they are better in the
-    image: they run when something of them is used, unless others import that by its name.  If the
-    program can not be loaded, `trouble` is the exit status, and `reply` is written to descriptor 1.
+    `late` names modules that only some runs need: the image has them as octets, which become code
+    when something of the module is first used.  So others import it as a module, as to take a name
+    out of it would be a use.  If the program can not be loaded, `trouble` is the exit status, and
+    `reply` is written to descriptor 1.
     """
 
     def __init__(
@@ -124,9 +125,16 @@ _START = """\
 import gc
 
 class Late(type(sys)):
+    # A module of octets, which is asked for what it has not: it becomes a usual one.  Where that
+    # fails it is as before, so that whoever asks again is told the cause again.
     def __getattr__(self, name):
+        code = self.__dict__.pop("late")
         self.__class__ = type(sys)
-        exec(marshal.loads(self.__dict__.pop("late")), self.__dict__)
+        try:
+            exec(marshal.loads(code), self.__dict__)
+        except BaseException:
+            self.__class__, self.late = Late, code
+            raise
         return getattr(self, name)
 
 gc.disable()  # what is loaded is no garbage, and would be looked at again and again
@@ -143,7 +151,11 @@ sys.modules[package].__path__ = [sources]
 gc.freeze()
 gc.enable()
 """
-"""What the image begins with: it makes modules of what follows."""
+"""What the image begins with: it makes modules of what follows.
+
+It runs in the launcher, and has of it the modules `sys` and `marshal`, `modules`, which follow in
+the image, and `sources`, where their source is.
+"""
 
 _TOOL = """\
 #!{interpreter} -IS

@@ -33,6 +33,7 @@ _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 
 _PATIENCE = 1.0  # seconds that a line waits for a reader that is slow, or stuck
 _FILE_TYPE, _REGULAR = 0o170000, 0o100000  # inode(7)
+_KNOWS_NOTHING = (22, 95)  # EINVAL and EOPNOTSUPP; errno would be one more module at start
 
 _takes_more = select.poll()
 _takes_more.register(DESCRIPTOR, select.POLLOUT)
@@ -54,13 +55,17 @@ class Log:
     """Writes lines.  Where the reader is stuck a line is lost, as a log that takes nothing is no
     reason to refuse mail; until one is read again, the reader is waited for no more.
 
-    What it finds out about the descriptor it keeps: one that is moved needs another Log.
+    What it finds out about descriptor 2 it keeps, until that is another one.
     """
 
     def __init__(self) -> None:
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Know nothing of descriptor 2: it leads somewhere else now."""
         self._is_stuck = False
-        self._can_say_no = True  # to a write that must not wait, if it would have to
-        self._has_room = False  # always, as a file has
+        self._takes_nowait = True  # as long as it did not say that it knows nothing of RWF_NOWAIT
+        self._is_file = False
 
     def write(self, event: str, fields: Mapping[str, object]) -> bool:
         """Write the line for an event; False if it is lost."""
@@ -92,19 +97,18 @@ class Log:
 
     def _write_at_once(self, octets: bytes) -> bool:
         """Write without a wait; False if there is no room now.  Raises OSError."""
-        if self._can_say_no:
+        if self._takes_nowait:
             try:
                 os.pwritev(DESCRIPTOR, (octets,), -1, os.RWF_NOWAIT)
                 return True
-            except BrokenPipeError:
-                raise
             except OSError as error:
-                self._has_room = _is_file()
-                if isinstance(error, BlockingIOError) and not self._has_room:
+                # Pipes know nothing of it before Linux 6.4, and few files do, which always have
+                # room.
+                self._is_file = _is_file()
+                self._takes_nowait = not self._is_file and error.errno not in _KNOWS_NOTHING
+                if isinstance(error, BlockingIOError) and not self._is_file:
                     return False
-                # Nobody promises it for pipes before Linux 6.4, or for files.
-                self._can_say_no = False
-        if not self._has_room and not _takes_more.poll(0):
+        if not self._is_file and not _takes_more.poll(0):
             return False
         os.write(DESCRIPTOR, octets)
         return True

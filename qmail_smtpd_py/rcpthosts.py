@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posix as os  # cheaper at start: see launcher.py
 
-from . import cdb
+from . import cdb  # not a name of it: see Program.late in launcher.py
 from .control import entries, unusable
 from .effects import ControlError
 from .path import domain_of

@@ -72,7 +72,7 @@ def rehearse(service: Service) -> None:
         # served no longer than one of ours may be.
         address = listener.getsockname()
         connections = [socket.create_connection(address, _CONNECT_SECONDS) for _ in range(TIMES)]
-        with _client_of(connections) as lifeline, logging_to(nowhere, service.resources):
+        with _client_of(connections) as lifeline, logging_to(nowhere, service.resources.log):
             stage = _stage(service)
             until = time.monotonic() + _SECONDS
             for _ in range(TIMES):

@@ -47,7 +47,9 @@ _USE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 _LARGEST = 65536  # octets of a file that is read for `cat` or `head`
 
-_DEEPEST = 20  # commands within commands, and shells within shells, that are looked into
+_DEEPEST = 20  # commands within commands that are looked into
+
+_MOST_SHELLS = 20  # with a script of their own, which may start the next
 
 
 class RunFile:
@@ -75,7 +77,7 @@ class RunFile:
         self._set_at: dict[str, int] = {}
         self._exports_all = False
         self._line = 0
-        self._depth = 0
+        self._shells = 0
         self._is_over = False
         self._read(script.replace("\0", ""), "the script")  # sh passes over them
         for name, line in self._set_at.items():
@@ -258,13 +260,12 @@ class RunFile:
     def _follow_shell(self, script: str, environ: dict[str, str]) -> None:
         """A shell with a script of its own; what that sets is gone with it."""
         self.chain.script = None
-        if self._depth == _DEEPEST:
-            self._note("a shell in a shell, and so on, too deep to be followed")
+        self._shells += 1
+        if self._shells > _MOST_SHELLS:
+            self._note("so many shells with scripts are not followed")
             return
-        self._depth += 1
         before, self.environ = self.environ, environ
         self._read(script, "the script of a shell")
-        self._depth -= 1
         if not self._is_over:
             self.environ = before
 

@@ -63,9 +63,9 @@ class Resources:
         files: ControlFiles,
         contexts: CachedContexts | None = None,
         start: bytes = b"",
-        sink: log.Log | None = None,
+        own_log: log.Log | None = None,
     ) -> None:
-        self.log = sink or log.Log()
+        self.log = own_log or log.Log()
         self.files = files
         self.contexts = contexts
         self._start = start

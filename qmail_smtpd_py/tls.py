@@ -296,14 +296,18 @@ class NamedContexts:
 
 
 class CachedContexts:
-    """Contexts for a process that serves many connections: made anew where a file has changed."""
+    """Contexts for a process that serves many connections: made anew where a file has changed since
+    the connection began; where clients are asked for certificates, since the last handshake.
+    """
 
     def __init__(self) -> None:
         self._contexts: dict[Policy, tuple[object, Context]] = {}
 
     def get(self, policy: Policy, files: ControlFiles) -> Context:
         """The context for a policy; raises TlsError."""
-        seen = tuple(map(files.seen, _ASKING_FILES if policy.ask_client else _FILES))
+        seen = tuple(map(files.seen, _FILES))
+        if policy.ask_client:  # what is revoked counts no more, however long the client was here
+            seen = tuple(map(signature, _PATHS))
         cached = self._contexts.get(policy)
         if cached is not None and cached[0] == seen:
             return cached[1]
@@ -314,10 +318,12 @@ class CachedContexts:
         return context
 
 
-_CERTIFICATES = (SERVER_CERTIFICATE, certificates.second(SERVER_CERTIFICATE))
-_FILES = tuple(map(os.path.basename, (*_CERTIFICATES, DH_PARAMETERS, BY_NAME)))
-_ASKING_FILES = (*_FILES, *map(os.path.basename, (CLIENT_AUTHORITIES, REVOCATIONS)))
+_SERVERS = (SERVER_CERTIFICATE, certificates.second(SERVER_CERTIFICATE), DH_PARAMETERS, BY_NAME)
+_PATHS = (*_SERVERS, CLIENT_AUTHORITIES, REVOCATIONS)
 """What a context is made of: files, and a directory, which changes when the first name is there."""
+
+_FILES = tuple(map(os.path.basename, _SERVERS))
+"""The same as control files, where clients are not asked."""
 
 
 def _rehearse(context: Context) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import maildata
+from . import maildata  # not a name of it: see Program.late in launcher.py
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

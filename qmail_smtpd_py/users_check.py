@@ -55,16 +55,16 @@ def main() -> int:
     try:
         # Not at the top: where memory is short, this is the first that does not fit into it, and
         # an import that fails would end the interpreter with 1, a refusal.
-        from . import users_file
+        from .users_file import Trouble, load_configured
     except (ImportError, MemoryError) as error:
         log(f"trouble: the program can not be loaded (see softlimit): {str(error)!a}")
         return TROUBLE
     try:
-        return check(sys.argv[1:], users_file.load_configured)
+        return check(sys.argv[1:], load_configured)
     except Misuse as misuse:
         log(f"misused: {misuse}")
         return MISUSED
-    except users_file.Trouble as trouble:
+    except Trouble as trouble:
         log(f"trouble: {trouble}")
     except MemoryError:
         log("trouble: out of memory (see softlimit)")

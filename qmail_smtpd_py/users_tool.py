@@ -127,7 +127,8 @@ def _ask(*prompts: str, from_stdin: bool) -> bytes:
     if from_stdin:
         if not sys.stdin:  # it is closed
             raise Refusal("no password could be read from standard input")
-        password = sys.stdin.buffer.readline().removesuffix(b"\n").removesuffix(b"\r")
+        line = sys.stdin.buffer.readline()
+        password = line[:-2] if line.endswith(b"\r\n") else line.removesuffix(b"\n")
     else:
         first, *others = (_ask_terminal(prompt) for prompt in prompts)
         if any(other != first for other in others):

@@ -234,7 +234,7 @@ class Helper(Worker):
                 for descriptor in descriptors:
                     given.callback(os.close, descriptor)
                 read_fd, write_fd, log_fd = descriptors
-                given.enter_context(logging_to(log_fd, self._service.resources))
+                given.enter_context(logging_to(log_fd, self._service.resources.log))
                 wire.move(read_fd, write_fd)
                 return True
 
@@ -245,16 +245,16 @@ class Helper(Worker):
 
 
 @contextlib.contextmanager
-def logging_to(descriptor: int, resources: Resources) -> Iterator[None]:
-    """Have the log of sessions go to another descriptor."""
-    ours, our_log = os.dup(log.DESCRIPTOR), resources.log
+def logging_to(descriptor: int, its_log: log.Log) -> Iterator[None]:
+    """Have what this process logs go to another descriptor; `its_log` is what writes it."""
+    ours = os.dup(log.DESCRIPTOR)
     os.dup2(descriptor, log.DESCRIPTOR)
-    resources.log = log.Log()
+    its_log.start_over()
     try:
         yield
     finally:
-        resources.log = our_log
         os.dup2(ours, log.DESCRIPTOR)
+        its_log.start_over()
         os.close(ours)
 
 

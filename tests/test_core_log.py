@@ -143,6 +143,46 @@ def test_a_pipe_that_can_not_promise_it_is_asked_whether_it_has_room(
         assert not lines.write("disconnect", {})
 
 
+def test_a_trouble_that_passes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(*arguments: object) -> int:
+        asked.append(arguments)
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(log.os, "pwritev", refuse)
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb"):
+        monkeypatch.setattr(log, "DESCRIPTOR", writer)
+        lines = log.Log()
+        assert lines.write("connect", {})
+        assert lines.write("disconnect", {})
+    assert len(asked) == 2
+
+
+MOVED = """
+import os, sys
+sys.path += sys.argv[1:]
+from qmail_smtpd_py import log
+from qmail_smtpd_py.worker import logging_to
+lines = log.Log()
+with open(os.devnull, "wb") as sink, open("file", "wb") as file:
+    for other in (sink, file):
+        with logging_to(other.fileno(), lines):
+            assert lines.write("connect", {})
+        assert not lines.write("connect", {})
+"""
+
+
+def test_what_is_known_of_a_descriptor_is_not_taken_for_another(tmp_path: Path) -> None:
+    """Of a file it is known that nobody has to wait for it."""
+    with logs.nobody_reads() as full:
+        command = [sys.executable, "-c", MOVED, str(ROOT)]
+        done = subprocess.run(command, stderr=full, cwd=tmp_path, timeout=30, check=False)
+    assert done.returncode == 0
+    assert len(logs.read_all((tmp_path / "file").read_bytes())) == 1
+
+
 HERD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])

@@ -10,7 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmail_smtpd_py import sasl
-from qmail_smtpd_py.settings import auth_policy
 
 CHALLENGE = b"<1896.697170952@postoffice.example.net>"  # that of RFC 2195 section 3, renamed
 
@@ -132,42 +131,3 @@ def test_malformed(mechanism: bytes, responses: list[bytes]) -> None:
 def test_credentials_show_nothing() -> None:
     credentials = sasl.Credentials(b"user", b"sesame")
     assert "sesame" not in repr(credentials) + str(credentials)
-
-
-LOGIN_PLAIN = (b"LOGIN", b"PLAIN")
-ALL = (b"LOGIN", b"PLAIN", b"CRAM-MD5")
-CRAM = (b"CRAM-MD5",)
-
-
-@pytest.mark.parametrize(
-    ("smtpauth", "mechanisms", "required"),
-    [
-        (None, (), False),
-        (b"-", (), False),
-        (b"-anything", (), False),
-        (b"-!", (), False),
-        (b"0", (), False),
-        (b"", LOGIN_PLAIN, False),
-        (b"yes", LOGIN_PLAIN, False),
-        (b"00", LOGIN_PLAIN, False),
-        (b"cram", CRAM, False),
-        (b"CRAM-md5", CRAM, False),
-        (b"+cram", ALL, False),
-        (b"+CraM", ALL, False),
-        (b"+", LOGIN_PLAIN, False),
-        (b"!", LOGIN_PLAIN, True),
-        (b"!-", LOGIN_PLAIN, True),
-        (b"!0", LOGIN_PLAIN, True),
-        (b"!!", LOGIN_PLAIN, True),
-        (b"!cram", CRAM, True),
-        (b"!CRAM", CRAM, True),
-        (b"!+cram", ALL, True),
-        (b"!+", LOGIN_PLAIN, True),
-        (b" !", LOGIN_PLAIN, False),
-    ],
-)
-def test_smtpauth(smtpauth: bytes | None, mechanisms: tuple, required: bool) -> None:
-    policy = auth_policy(smtpauth)
-    assert policy.mechanisms == mechanisms
-    assert policy.required == required
-    assert policy.challenge_field == (b"CRAM-MD5" in mechanisms)

@@ -85,11 +85,39 @@ def test_an_image_has_all_modules_that_the_program_starts_with(name: str, launch
     assert {module for module, _, _ in entries(launchers, name)} == names
 
 
-def test_what_not_every_run_needs_is_not_read_at_once(launchers: Path) -> None:
-    for name, program in PROGRAMS.items():
-        _, found = marshal.loads((launchers / f"{name}.image").read_bytes()[SKIP:])
-        octets = {module for module, _, code in found if isinstance(code, bytes)}
-        assert octets == {f"qmail_smtpd_py.{late}" for late in program.late}
+LOADED = """
+import marshal, sys
+start, modules = marshal.loads(open(sys.argv[1], "rb").read()[int(sys.argv[2]):])
+sources = sys.argv[3]
+exec(start)
+"""
+
+
+def loaded(image: Path, code: str) -> str:
+    """What some code prints where a program's modules have just been loaded from its image."""
+    command = [sys.executable, "-IS", "-c", LOADED + code, image, str(SKIP), str(PACKAGE)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_not_every_run_needs_does_not_run_at_once(name: str, launchers: Path) -> None:
+    code = "print(*(name for name in sys.modules if type(sys.modules[name]) is Late))"
+    late = {f"qmail_smtpd_py.{late}" for late in PROGRAMS[name].late}
+    assert set(loaded(launchers / f"{name}.image", code).split()) == late
+
+
+def test_what_can_not_run_says_why_whenever_it_is_asked(launchers: Path) -> None:
+    code = """
+module = sys.modules["qmail_smtpd_py.cdb"]
+del sys.modules["posix"]
+sys.meta_path.clear()
+for _ in range(2):
+    try:
+        module.has
+    except ImportError as error:
+        print(error.name)
+"""
+    assert loaded(launchers / "qmail-smtpd.image", code) == "posix\nposix\n"
 
 
 def test_an_image_is_read_without_docstrings_and_assertions(launchers: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conformance.client import Client
 from conformance.program import Program
 from conformance.stage import Stage
 from listener.listening import Helping, Listening
@@ -70,7 +71,10 @@ def test_changes_are_seen_by_the_next_session_that_is_handed_over(mx: Stage) -> 
 
 def may_relay(listener: Listening, certificate: str = "client-alice.pem") -> bool:
     """Whether a client with the certificate may send to anybody."""
-    client = listener.greeted()
+    return may_send(listener.greeted(), certificate)
+
+
+def may_send(client: Client, certificate: str) -> bool:
     start_tls(client, cert=certificate)
     assert client.command(b"MAIL FROM:<a@client.example.com>") == "250 ok"
     reply = client.command(b"RCPT TO:<u@elsewhere.example>") or ""
@@ -100,6 +104,17 @@ def test_client_certificates_are_reread(mx: Stage) -> None:
         mx.control({"clientca.pem": "@server-rsa.pem"})
         assert not may_relay(listener, dave)
         assert len({worker for worker, _ in listener.ends(9)}) == 1
+
+
+@pytest.mark.tls
+def test_who_is_revoked_may_relay_no_more_where_the_connection_was_there_before(mx: Stage) -> None:
+    both = "alice@clients.example\ndave@clients.example\n"
+    mx.control({"clientca.pem": "@client-ca.pem", "tlsclients": both})
+    with Listening(mx, "-c", "2") as listener:
+        dave, alice = listener.greeted(), listener.greeted()
+        mx.control({"clientcrl.pem": "@client-crl.pem"})
+        assert not may_send(dave, "client-revoked.pem")
+        assert may_send(alice, "client-alice.pem")
 
 
 @pytest.mark.parametrize("change", ["rename", "in place", "symbolic link"])
