@@ -57,15 +57,22 @@ class Program:
 
     `late` names modules that only some runs need: the image has them as octets, which become code
     when something of the module is first used.  So others import it as a module, as to take a name
-    out of it would be a use.  If the program can not be loaded, `trouble` is the exit status, and
-    `reply` is written to descriptor 1.
+    out of it would be a use.  `soon` names those that it imports where it needs them, and needs in
+    every run.  If the program can not be loaded, `trouble` is the exit status, and `reply` is
+    written to descriptor 1.
     """
 
     def __init__(
-        self, main: str, late: tuple[str, ...] = (), trouble: int = 111, reply: bytes = b""
+        self,
+        main: str,
+        late: tuple[str, ...] = (),
+        soon: tuple[str, ...] = (),
+        trouble: int = 111,
+        reply: bytes = b"",
     ) -> None:
         self.main = main
         self.late = late
+        self.soon = soon
         self.trouble = trouble
         self.reply = reply
 
@@ -78,7 +85,7 @@ PROGRAMS = {
         reply=reply.OUT_OF_MEMORY.render(),
     ),
     "qmail-queue-maildir": Program("maildir_queue", trouble=51),
-    "checkpassword-users": Program("users_check", late=("users_file",), trouble=111),
+    "checkpassword-users": Program("users_check", soon=("users_file",), trouble=111),
 }
 
 TOOLS = {
@@ -125,16 +132,12 @@ _START = """\
 import gc
 
 class Late(type(sys)):
-    # A module of octets, which is asked for what it has not: it becomes a usual one.  Where that
-    # fails it is as before, so that whoever asks again is told the cause again.
+    # A module of octets, which is asked for what it has not: it becomes a usual one.  If it can
+    # not, it is as before, so that whoever asks again is told the cause again.
     def __getattr__(self, name):
-        code = self.__dict__.pop("late")
+        exec(marshal.loads(self.late), self.__dict__)
         self.__class__ = type(sys)
-        try:
-            exec(marshal.loads(code), self.__dict__)
-        except BaseException:
-            self.__class__, self.late = Late, code
-            raise
+        del self.late
         return getattr(self, name)
 
 gc.disable()  # what is loaded is no garbage, and would be looked at again and again
@@ -183,7 +186,7 @@ def image(program: Program) -> bytes:
     for each of them, with the code in octets where it is for later.
     """
     entries: dict[str, Entry] = {}
-    for name in ("__init__", *program.late, program.main):
+    for name in ("__init__", *program.late, *program.soon, program.main):
         _add(name, entries, program.late)
     start = compile(_START, "start", "exec", dont_inherit=True)
     return MAGIC_NUMBER + marshal.dumps((start, list(entries.values())))

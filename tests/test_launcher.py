@@ -77,7 +77,8 @@ def test_an_image_has_the_code_of_the_modules(name: str, launchers: Path) -> Non
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_image_has_all_modules_that_the_program_starts_with(name: str, launchers: Path) -> None:
-    wanted = ", ".join((PROGRAMS[name].main, *PROGRAMS[name].late))
+    program = PROGRAMS[name]
+    wanted = ", ".join((program.main, *program.late, *program.soon))
     code = f"import sys; from qmail_smtpd_py import {wanted}; print(*sys.modules)"
     command = [sys.executable, "-IS", "-c", f"import sys; sys.path.append({str(ROOT)!r}); {code}"]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
