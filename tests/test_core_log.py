@@ -183,6 +183,27 @@ def test_what_is_known_of_a_descriptor_is_not_taken_for_another(tmp_path: Path) 
     assert len(logs.read_all((tmp_path / "file").read_bytes())) == 1
 
 
+TAKEN = """
+import sys
+sys.path += sys.argv[1:2]
+from qmail_smtpd_py import log
+from qmail_smtpd_py.worker import logging_to
+lines = log.Log()
+assert lines.write("connect", {})
+with logging_to(int(sys.argv[2]), lines):
+    assert not lines.write("connect", {})
+assert lines.write("disconnect", {})
+"""
+
+
+def test_nor_is_what_is_known_of_our_own(tmp_path: Path) -> None:
+    with logs.nobody_reads() as full, (tmp_path / "file").open("wb") as file:
+        command = [sys.executable, "-c", TAKEN, str(ROOT), str(full)]
+        subprocess.run(command, stderr=file, pass_fds=[full], timeout=30, check=True)
+    read = logs.read_all((tmp_path / "file").read_bytes())
+    assert [line.event for line in read] == ["connect", "disconnect"]
+
+
 HERD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])

@@ -107,6 +107,14 @@ def test_what_not_every_run_needs_does_not_run_at_once(name: str, launchers: Pat
     assert set(loaded(launchers / f"{name}.image", code).split()) == late
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_was_loaded_is_left_alone_by_the_collector_and_the_rest_is_not(
+    name: str, launchers: Path
+) -> None:
+    code = "import gc; print(gc.isenabled(), gc.get_freeze_count() > 1000)"
+    assert loaded(launchers / f"{name}.image", code) == "True True\n"
+
+
 def test_what_can_not_run_says_why_whenever_it_is_asked(launchers: Path) -> None:
     code = """
 module = sys.modules["qmail_smtpd_py.cdb"]
