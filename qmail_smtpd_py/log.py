@@ -104,7 +104,7 @@ class Log:
             except OSError as error:
                 # Pipes know nothing of it before Linux 6.4, and few files do, which always have
                 # room.
-                self._is_file = _is_file()
+                self._is_file = os.fstat(DESCRIPTOR).st_mode & _FILE_TYPE == _REGULAR
                 self._takes_nowait = not self._is_file and error.errno not in _KNOWS_NOTHING
                 if isinstance(error, BlockingIOError) and not self._is_file:
                     return False
@@ -117,10 +117,6 @@ class Log:
 def write(event: str, fields: Mapping[str, object]) -> bool:
     """Write the line for an event, of no session's or of one that is over; False if it is lost."""
     return Log().write(event, fields)
-
-
-def _is_file() -> bool:
-    return os.fstat(DESCRIPTOR).st_mode & _FILE_TYPE == _REGULAR
 
 
 def text(octets: bytes) -> str:

@@ -305,9 +305,10 @@ class CachedContexts:
 
     def get(self, policy: Policy, files: ControlFiles) -> Context:
         """The context for a policy; raises TlsError."""
-        seen = tuple(map(files.seen, _FILES))
         if policy.ask_client:  # what is revoked counts no more, however long the client was here
             seen = tuple(map(signature, _PATHS))
+        else:
+            seen = tuple(map(files.seen, _FILES))
         cached = self._contexts.get(policy)
         if cached is not None and cached[0] == seen:
             return cached[1]

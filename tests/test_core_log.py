@@ -89,15 +89,23 @@ def test_a_log_that_takes_nothing_stops_nothing(monkeypatch: pytest.MonkeyPatch)
     log.write("connect", {})
 
 
+def refuse(monkeypatch: pytest.MonkeyPatch, number: int) -> list[object]:
+    """Have the write that does not wait fail with this error; what it was asked is kept."""
+    asked: list[object] = []
+
+    def fail(*arguments: object) -> int:
+        asked.append(arguments)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(log.os, "pwritev", fail)
+    return asked
+
+
 def test_a_file_that_promises_not_to_wait_and_does_not_keep_it_gets_the_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As XFS, where it would have to note the time of the change."""
-
-    def refuse(*_: object) -> int:
-        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(log.os, "pwritev", refuse)
+    refuse(monkeypatch, errno.EAGAIN)
     with (tmp_path / "log").open("wb") as file:
         monkeypatch.setattr(log, "DESCRIPTOR", file.fileno())
         assert log.write("connect", {})
@@ -108,13 +116,7 @@ def test_a_descriptor_that_can_not_promise_it_is_asked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As most file systems, and pipes before Linux 6.4."""
-    asked = []
-
-    def refuse(*arguments: object) -> int:
-        asked.append(arguments)
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr(log.os, "pwritev", refuse)
+    asked = refuse(monkeypatch, errno.EOPNOTSUPP)
     with (tmp_path / "log").open("wb") as file:
         monkeypatch.setattr(log, "DESCRIPTOR", file.fileno())
         lines = log.Log()
@@ -128,10 +130,7 @@ def test_a_descriptor_that_can_not_promise_it_is_asked_once(
 def test_a_pipe_that_can_not_promise_it_is_asked_whether_it_has_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr(log.os, "pwritev", refuse)
+    refuse(monkeypatch, errno.EOPNOTSUPP)
     monkeypatch.setattr(log, "_PATIENCE", 0.01)
     with logs.nobody_reads() as full:
         monkeypatch.setattr(log, "DESCRIPTOR", full)
@@ -144,13 +143,7 @@ def test_a_pipe_that_can_not_promise_it_is_asked_whether_it_has_room(
 
 
 def test_a_trouble_that_passes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def refuse(*arguments: object) -> int:
-        asked.append(arguments)
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    monkeypatch.setattr(log.os, "pwritev", refuse)
+    asked = refuse(monkeypatch, errno.ENOMEM)
     reader, writer = os.pipe()
     with open(reader, "rb"), open(writer, "wb"):
         monkeypatch.setattr(log, "DESCRIPTOR", writer)

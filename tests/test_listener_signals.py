@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -143,40 +145,42 @@ def test_the_end_where_a_worker_is_stopped(mx: Stage, number: int) -> None:
         assert client.read_to_end() == b""
 
 
-def test_the_end_where_nobody_reads_the_log(mx: Stage) -> None:
-    command = [*program(), "-1", "-v", "-R", "-H", ADDRESS, "0"]
+@contextlib.contextmanager
+def unheard(mx: Stage, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A listener whose log nobody reads, and its port."""
+    command = [*program(), "-1", "-v", "-R", "-H", *options, ADDRESS, "0"]
     with logs.nobody_reads() as log:
         started = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, env=octet_environment(mx)
         )
         with started:
             assert started.stdout
-            port = int(started.stdout.readline())
-            client = Client(SocketConnection(socket.create_connection((ADDRESS, port))))
-            assert client.reply() == "220 mx.example.org ESMTP"
-            started.terminate()
-            quit_(client)
-            assert started.wait(PATIENCE) == 0
+            yield started, int(started.stdout.readline())
+
+
+def greeted_at(port: int) -> Client:
+    client = Client(SocketConnection(socket.create_connection((ADDRESS, port))))
+    assert client.reply() == "220 mx.example.org ESMTP"
+    return client
+
+
+def test_the_end_where_nobody_reads_the_log(mx: Stage) -> None:
+    with unheard(mx) as (started, port):
+        client = greeted_at(port)
+        started.terminate()
+        quit_(client)
+        assert started.wait(PATIENCE) == 0
 
 
 def test_a_log_that_nobody_reads_is_waited_for_once(mx: Stage) -> None:
     """Not in each session: those that wait behind it would wait for long."""
-    command = [*program(), "-1", "-v", "-R", "-H", "-c", "1", ADDRESS, "0"]
-    with logs.nobody_reads() as log:
-        started = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, env=octet_environment(mx)
-        )
-        with started:
-            assert started.stdout
-            port = int(started.stdout.readline())
-            begin = time.monotonic()
-            for _ in range(10):
-                client = Client(SocketConnection(socket.create_connection((ADDRESS, port))))
-                assert client.reply() == "220 mx.example.org ESMTP"
-                quit_(client)
-            lasted = time.monotonic() - begin
-            started.terminate()
-            assert started.wait(PATIENCE) == 0
+    with unheard(mx, "-c", "1") as (started, port):
+        begin = time.monotonic()
+        for _ in range(10):
+            quit_(greeted_at(port))
+        lasted = time.monotonic() - begin
+        started.terminate()
+        assert started.wait(PATIENCE) == 0
     assert lasted < 8  # each has lines of its own
 
 
