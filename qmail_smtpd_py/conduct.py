@@ -146,6 +146,8 @@ class Conduct:
 
     def judge(self, answer: Reply) -> Reply | None:
         """Take note of a reply: the one that ends the session behind it, or None."""
+        if answer.code < 400:
+            return None
         kind = _BY_REPLY.get(answer, _BY_CODE.get(answer.code, _NOT_COUNTED))
         if kind == _NOT_COUNTED:
             return None

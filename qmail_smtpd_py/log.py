@@ -25,8 +25,6 @@ OUT_OF_MEMORY = "out of memory; is the memory limit too low?"
 _VALUE_LIMIT = 1200
 _PLAIN = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:_-<>[],!#&*~?"
 _PRINTABLE = bytes(range(32, 127))
-_UNPRINTABLE = bytes(range(256)).translate(None, _PRINTABLE)
-_TO_PRINTABLE = bytes.maketrans(_UNPRINTABLE, b"?" * len(_UNPRINTABLE))
 _QUOTABLE = _PRINTABLE.translate(None, b'"\\')
 _CODING = "utf-8", "backslashreplace"
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
@@ -39,15 +37,26 @@ _takes_more = select.poll()
 _takes_more.register(DESCRIPTOR, select.POLLOUT)
 
 
+def _marking_all_but(kept: bytes) -> bytes:
+    """A table for bytes.translate that makes question marks of all octets but these."""
+    others = bytes(range(256)).translate(None, kept)
+    return bytes.maketrans(others, b"?" * len(others))
+
+
+_TO_PLAIN = _marking_all_but(_PLAIN)
+_TO_PRINTABLE = _marking_all_but(_PRINTABLE)
+
+
 def format_line(event: str, fields: Mapping[str, object]) -> bytes:
     """The line for an event, without its line feed; fields that are None are left out."""
-    line = b"qmail-smtpd[%d]: %s" % (os.getpid(), event.encode())
+    words = [b"qmail-smtpd[%d]: %s" % (os.getpid(), event.encode())]
     for key, value in fields.items():
         if value is not None:
             octets = value if type(value) is bytes else str(value).encode(*_CODING)
-            if not octets or len(octets) > _VALUE_LIMIT or octets.translate(None, _PLAIN):
+            if not octets or len(octets) > _VALUE_LIMIT or octets.translate(_TO_PLAIN) != octets:
                 octets = b'"%s"' % escaped(octets, _QUOTABLE, _VALUE_LIMIT)
-            line += b" " + key.encode() + b"=" + octets
+            words.append(key.encode() + b"=" + octets)
+    line = b" ".join(words)
     return line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + b'..."'
 
 

@@ -20,6 +20,7 @@ LIMIT = 899
 _PARAMETERS_BEHIND = 4
 
 _CONTROLS = bytes([*range(32), 127])
+_QUOTE, _ESCAPE = b'"\\'
 
 
 class PathError(Exception):
@@ -97,7 +98,7 @@ def _without_route(path: bytes) -> bytes:
 def _unquote(path: bytes, end: bytes) -> bytes:
     """The path up to `end`, without quotes and escapes; a missing end is overlooked."""
     plain = path.partition(end)[0]
-    if b'"' not in plain and b"\\" not in plain:
+    if _QUOTE not in plain and _ESCAPE not in plain:
         return plain
     address = bytearray()
     quoted = escaped = False
@@ -107,9 +108,9 @@ def _unquote(path: bytes, end: bytes) -> bytes:
             escaped = False
         elif octet == end[0] and not quoted:
             break
-        elif octet == ord("\\"):
+        elif octet == _ESCAPE:
             escaped = True
-        elif octet == ord('"'):
+        elif octet == _QUOTE:
             quoted = not quoted
         else:
             address.append(octet)
