@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from _io import IncrementalNewlineDecoder  # io takes longer to import, from Python 3.14 on
 
+_LINE_WITH_DOT = b"\r\n."
 _END = b"\r\n.\r\n"
 _HEADER_END = b"\r\n\r\n"
 _HOPS = (b"\r\nreceived", b"\r\ndelivered")
@@ -60,8 +61,8 @@ class MailData:
     def receive(self, data: bytes) -> bytes:
         """Take in the next octets, whole or in any pieces; what they add to the message."""
         text = self._held + data
-        dots = text.find(_END[:3]) >= 0
-        end = text.find(_END) if dots else -1
+        dot = text.find(_LINE_WITH_DOT)
+        end = text.find(_END, dot) if dot >= 0 else -1
         if end >= 0:
             body = text[: end + 2]
             self.complete, self.rest, self._held = True, text[end + len(_END) :], b""
@@ -71,14 +72,16 @@ class MailData:
             self._held = text[len(text) - keep :]
         if self._in_header:
             self._count_hops(body)
-        return self._message(body, dots)
+        return self._message(body, has_dots=0 <= dot <= len(body) - len(_LINE_WITH_DOT))
 
-    def _message(self, body: bytes, dots: bool) -> bytes:
-        """The octets of the message that stand in whole lines and pieces of lines."""
+    def _message(self, body: bytes, has_dots: bool) -> bytes:
+        """The octets of the message that stand in whole lines and pieces of lines, some of which
+        begin with a dot if it `has_dots`.
+        """
         decoder = self._decoder
         text = decoder.decode(body.decode("latin-1"), final=True)
         if decoder.newlines in ("\r\n", None):
-            if dots:
+            if has_dots:
                 text = text.replace("\n.", "\n")
             message = text.encode("latin-1")
         else:
