@@ -192,8 +192,15 @@ _VERIFY_ERRORS = {
 
 
 def note_problem(connection: Any, certificate: Any, code: int, depth: int, ok: int) -> bool:
-    """Note what is wrong with a client certificate, and let the handshake go on."""
+    """Note what is wrong with a client certificate, and let the handshake go on.
+
+    OpenSSL 3 leaves what it found wrong with a signature among its errors, and would tell of it at
+    the next read, as if that had failed.
+    """
     if not ok:
+        from cryptography.hazmat.bindings.openssl.binding import Binding
+
+        Binding.lib.ERR_clear_error()
         connection.get_app_data().problems.append(_VERIFY_ERRORS.get(code) or _words_for(code))
     return True
 

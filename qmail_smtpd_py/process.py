@@ -44,12 +44,12 @@ def tidy_descriptors(kept: Sequence[int]) -> None:
     descriptors 0, 1 and 2.
 
     Where descriptor 2 is the client's connection, as inetd has it, it is not for the log or for
-    children.
+    children.  It is that of whoever tries the program at a terminal.
     """
     close_inherited(kept)
     fill_descriptors((os.O_WRONLY, os.O_RDONLY, os.O_RDWR))
     log_file = _behind(2)
-    if log_file[0] == _SOCKET and log_file in (_behind(0), _behind(1)):
+    if log_file[0] != _DEVICE and log_file in (_behind(0), _behind(1)):
         nowhere = os.open("/dev/null", os.O_WRONLY)
         os.dup2(nowhere, 2)
         os.close(nowhere)
@@ -86,7 +86,7 @@ def fill_descriptors(flags: Sequence[int] = (os.O_RDWR,) * 3) -> None:
             os.set_inheritable(os.open("/dev/null", flags[descriptor]), True)
 
 
-_FILE_TYPE, _SOCKET = 0o170000, 0o140000  # inode(7)
+_FILE_TYPE, _DEVICE = 0o170000, 0o020000  # inode(7): one for characters, as terminals are
 
 
 def _behind(descriptor: int) -> tuple[int, int, int]:

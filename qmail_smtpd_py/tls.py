@@ -219,10 +219,11 @@ def sort_ciphers(ciphers: Sequence[bytes]) -> tuple[list[bytes], list[bytes], li
     for word in filter(None, text.split(b":")):
         if word[0] in _OPERATORS:
             older.append(word)  # it takes away, or puts in order: no harm if there is none
-        elif word.startswith(b"TLS_") and is_known(scratch.set_tls13_ciphersuites, word):
-            newer.append(word)
         elif is_known(scratch.set_cipher_list, word):
             older.append(word)
+        # After those: OpenSSL 3 takes a cipher of TLS 1.2 by its name in the registry here, too.
+        elif word.startswith(b"TLS_") and is_known(scratch.set_tls13_ciphersuites, word):
+            newer.append(word)
         else:
             unknown.append(word)
     return older, newer, unknown

@@ -398,6 +398,19 @@ def test_a_log_that_is_the_connection_itself(host: Stage) -> None:
     assert delivery.descriptors[2] == "/dev/null"
 
 
+def test_a_log_that_is_the_pipe_to_the_client(host: Stage) -> None:
+    done = subprocess.run(
+        [*under_test(), *host.args],
+        input=b"QUIT\r\n",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=host.env,
+        timeout=20,
+        check=True,
+    )
+    assert grammar.codes(done.stdout) == [220, 221]
+
+
 def test_errors_do_not_fill_the_log(host: Stage) -> None:
     certificate = host.home / "control" / "servercert.pem"
     certificate.unlink(missing_ok=True)
