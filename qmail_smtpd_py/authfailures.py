@@ -1,13 +1,16 @@
 """AUTH attempts that failed, by address and over time: a table on disk, without a daemon.
 
 The file has a fixed size, made when it is first used: a header with a random key, and 4096 sets of
-8 slots.  A slot is 16 octets: a mark for the address, when its first failure was, how many there
-were.  Address, for IPv6 the /64 network, to set and mark is a hash with the key, so that nobody can
-choose addresses that meet in a set.  A slot expires by its time and is then free.
+8 slots.  A slot is 24 octets: a mark for the address, when its first failure was, when it expires
+and is free again, how many failures there were, and whether they reached the limit.  Address, for
+IPv6 the /64 network, to set and mark is a hash with the key, so that nobody can choose addresses
+that meet in a set.
 
 Where all slots of a set are in use the one with the fewest failures makes room, the oldest of
 these, but none that has reached the limit: an address that is shut out can not be let in by the
-failures of others, and where there is no room a failure is not remembered.
+failures of others, and where there is no room a failure is not remembered.  Services with limits
+and periods of their own can use one table: what a slot says is what counts to all of them, and the
+longest period of those where the address has failed is how long it says so.
 
 Attempts that run at the same time can be more than the limit.  So each is judged when it ends, too:
 where the limit was reached meanwhile its outcome, even a right password, counts for nothing.
@@ -22,6 +25,7 @@ import errno
 import fcntl
 import os
 import stat
+import struct
 import time
 from _socket import AF_INET, AF_INET6, inet_pton  # socket takes longer to import
 
@@ -41,33 +45,54 @@ LOCK_SECONDS = 1.0
 _MAGIC = b"qmail-smtpd auth"
 _KEY = 16  # octets
 _HEADER = 64
-_MARK, _TIME, _COUNT = 8, 4, 4
-_SLOT = _MARK + _TIME + _COUNT
-SIZE = _HEADER + SETS * WAYS * _SLOT
+_MARK = 8
+_SLOT = struct.Struct(f">{_MARK}sIII?3x")
+SIZE = _HEADER + SETS * WAYS * _SLOT.size
+_END_OF_TIME = (1 << 32) - 1
 
 _MAPPED = bytes(10) + b"\xff\xff"  # an IPv4 address as IPv6 (RFC 4291 section 2.5.5.2)
 _NETWORK = 8  # octets: who has one address of a /64 has them all
 
 
 class Slot:
-    """What is known of an address: `since` is the time of its first failure in seconds."""
+    """What is known of an address: `since` is the time of its first failure, `until` when that is
+    forgotten, in seconds since 1970; `is_full` whether it has reached a limit.
+    """
 
-    __slots__ = ("count", "mark", "since")
+    __slots__ = ("count", "is_full", "mark", "since", "until")
 
-    def __init__(self, mark: bytes, since: int, count: int) -> None:
+    def __init__(
+        self, mark: bytes, since: int, until: int = 0, count: int = 0, is_full: bool = False
+    ) -> None:
         self.mark = mark
         self.since = since
+        self.until = until
         self.count = count
-
-    @classmethod
-    def unpack(cls, octets: bytes) -> Slot:
-        """The slot that these octets are."""
-        since, count = octets[_MARK : _MARK + _TIME], octets[_MARK + _TIME :]
-        return cls(octets[:_MARK], int.from_bytes(since, "big"), int.from_bytes(count, "big"))
+        self.is_full = is_full
 
     def pack(self) -> bytes:
-        """The octets of the slot."""
-        return self.mark + self.since.to_bytes(_TIME, "big") + self.count.to_bytes(_COUNT, "big")
+        """The octets of the slot; raises struct.error for a time that it can not hold."""
+        return _SLOT.pack(self.mark, self.since, self.until, self.count, self.is_full)
+
+    def is_live(self, now: int) -> bool:
+        """Whether it counts."""
+        return self.count > 0 and self.since <= now < self.until
+
+    def is_of(self, mark: bytes, now: int) -> bool:
+        """Whether it counts, and is that of an address."""
+        return self.mark == mark and self.is_live(now)
+
+    def worth(self, mark: bytes, now: int) -> tuple[bool, int, int]:
+        """Sort key of the slot to use for an address: its own, a free one, then who makes room."""
+        if self.is_of(mark, now):
+            return False, -1, 0
+        return (self.is_full, self.count, self.since) if self.is_live(now) else (False, 0, 0)
+
+    def add(self, limit: int, period: int) -> None:
+        """Count one more failure, where there may be `limit` of them in `period` seconds."""
+        self.count += 1
+        self.until = min(max(self.until, self.since + period), _END_OF_TIME)
+        self.is_full = self.is_full or self.count >= limit
 
 
 class AuthFailures:
@@ -109,7 +134,7 @@ class AuthFailures:
                 return act(descriptor, *_place(self._who, _key(descriptor)))
             finally:
                 os.close(descriptor)
-        except (OSError, ValueError, OverflowError) as error:  # a NUL in its name; an odd clock
+        except (OSError, ValueError, struct.error) as error:  # a NUL in its name; an odd clock
             why = getattr(error, "strerror", None) or str(error)
             name = os.fsdecode(self._path)
             self._tell(f"failed auth attempts not counted: {name}: {why} (uid {os.geteuid()})")
@@ -117,41 +142,30 @@ class AuthFailures:
             return 0
 
     def _read(self, descriptor: int, place: int) -> list[Slot]:
-        octets = os.pread(descriptor, WAYS * _SLOT, place)
-        return [Slot.unpack(octets[at : at + _SLOT]) for at in range(0, len(octets), _SLOT)]
+        octets = os.pread(descriptor, WAYS * _SLOT.size, place)
+        return [Slot(*fields) for fields in _SLOT.iter_unpack(octets)]
 
     def _find(self, descriptor: int, place: int, mark: bytes) -> int:
         """How many failures there are."""
         now = int(time.time())
         slots = self._read(descriptor, place)
-        return max((slot.count for slot in slots if self._is(slot, mark, now)), default=0)
+        return max((slot.count for slot in slots if slot.is_of(mark, now)), default=0)
 
     def _count(self, descriptor: int, place: int, mark: bytes) -> int:
         """Count one more, up to the limit; how many there were."""
         now = int(time.time())
-        slots = self._read(descriptor, place)
-        chosen = min(slots, key=lambda slot: self._worth(slot, mark, now))
-        if not self._is(chosen, mark, now):
-            if self._is_live(chosen, now) and chosen.count >= self._limit:
+        number, slot = min(
+            enumerate(self._read(descriptor, place)), key=lambda each: each[1].worth(mark, now)
+        )
+        if not slot.is_of(mark, now):
+            if slot.is_live(now) and slot.is_full:
                 return 0
-            chosen.mark, chosen.since, chosen.count = mark, now, 0
-        before = chosen.count
+            slot = Slot(mark, now)
+        before = slot.count
         if before < self._limit:
-            chosen.count += 1
-            os.pwrite(descriptor, chosen.pack(), place + slots.index(chosen) * _SLOT)
+            slot.add(self._limit, self._period)
+            os.pwrite(descriptor, slot.pack(), place + number * _SLOT.size)
         return before
-
-    def _worth(self, slot: Slot, mark: bytes, now: int) -> tuple[int, int]:
-        """Sort key of the slot to use: the address' own, free, fewest and oldest failures."""
-        if self._is(slot, mark, now):
-            return -1, 0
-        return (slot.count, slot.since) if self._is_live(slot, now) else (0, 0)
-
-    def _is(self, slot: Slot, mark: bytes, now: int) -> bool:
-        return slot.mark == mark and self._is_live(slot, now)
-
-    def _is_live(self, slot: Slot, now: int) -> bool:
-        return slot.count > 0 and 0 <= now - slot.since < self._period
 
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -217,4 +231,4 @@ def _place(who: bytes, key: bytes) -> tuple[int, bytes]:
     """The place of a client's set in the file, and its mark."""
     digest = blake2b(who, key=key, digest_size=4 + _MARK).digest()
     number = int.from_bytes(digest[:4], "big") % SETS
-    return _HEADER + number * WAYS * _SLOT, digest[4:]
+    return _HEADER + number * WAYS * _SLOT.size, digest[4:]

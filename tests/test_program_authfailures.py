@@ -201,6 +201,34 @@ def test_where_there_is_no_room_nobody_new_is_shut_out(table: Table) -> None:
     assert table.shuts_out("198.51.100.1"), "the others have expired"
 
 
+def other(table: Table, limit: int, period: int) -> Table:
+    """The same table, as a service with another limit and period has it."""
+    return Table(table.path, limit, period)
+
+
+def test_a_shorter_period_elsewhere_lets_nobody_in(table: Table) -> None:
+    hasty = other(table, limit=3, period=3)
+    table.add("192.0.2.7", 3)
+    table.clock += 4
+    hasty.add("192.0.2.7")
+    assert table.shuts_out("192.0.2.7")
+    hasty.add("192.0.2.8")
+    table.add("192.0.2.8")
+    table.clock += 4
+    table.add("192.0.2.8")
+    assert table.shuts_out("192.0.2.8"), "the longest period counts, whoever was first"
+
+
+@pytest.mark.usefixtures("one_set")
+def test_a_crowd_at_a_service_with_a_higher_limit_lets_nobody_in(table: Table) -> None:
+    table.add("192.0.2.7", 3)
+    patient = other(table, limit=30, period=3)
+    for number in range(50):
+        patient.add(f"198.51.100.{number}", 5)
+    assert table.shuts_out("192.0.2.7")
+    assert not patient.shuts_out("192.0.2.7")
+
+
 ADDING = """
 import sys
 from qmail_smtpd_py.authfailures import AuthFailures
