@@ -243,7 +243,7 @@ class Server(Effects):
             return None
         limit = self._sources.number(b"AUTHFAILLIMIT", "authfaillimit", AUTH_FAILURES)
         period = self._sources.number(b"AUTHFAILPERIOD", "authfailperiod", AUTH_FAILURES_PERIOD)
-        if not limit:
+        if not limit or not period:
             return None
         from .authfailures import AuthFailures
 
