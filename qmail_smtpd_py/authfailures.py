@@ -98,29 +98,29 @@ class Slot:
 class AuthFailures:
     """The failed attempts of one address.
 
-    `limit` is how many it may have in `period` seconds; `tell` takes words for the log where the
-    table can not be used.
+    `limit` is how many it may have in `period` seconds, `path` that of the table; `tell` takes
+    words for the log where the table can not be used.
     """
 
     def __init__(
         self, path: bytes, ip: bytes, limit: int, period: int, tell: Callable[[str], None]
     ) -> None:
-        self._path = path
+        self.path = path
         self._who = network(ip)
-        self._limit = limit
-        self._period = period
+        self.limit = limit
+        self.period = period
         self._tell = tell
 
     def are_too_many(self) -> bool:
         """Whether the limit is reached, so that no attempt should be made."""
-        return self._use(fcntl.LOCK_SH, self._find) >= self._limit
+        return self._use(fcntl.LOCK_SH, self._find) >= self.limit
 
     def end(self, has_failed: bool) -> bool:
         """An attempt has ended: count it, if it has failed; False where the limit was reached
         meanwhile, so that nobody should hear of its outcome.
         """
         if has_failed:
-            return self._use(fcntl.LOCK_EX, self._count) < self._limit
+            return self._use(fcntl.LOCK_EX, self._count) < self.limit
         return not self.are_too_many()
 
     def _use(self, lock: int, act: Callable[[int, int, bytes], int]) -> int:
@@ -128,7 +128,7 @@ class AuthFailures:
         if self._who is None:
             return 0
         try:
-            descriptor = os.open(self._path, _FLAGS, 0o600)
+            descriptor = os.open(self.path, _FLAGS, 0o600)
             try:
                 _lock(descriptor, lock)
                 return act(descriptor, *_place(self._who, _key(descriptor)))
@@ -136,7 +136,7 @@ class AuthFailures:
                 os.close(descriptor)
         except (OSError, ValueError, struct.error) as error:  # a NUL in its name; an odd clock
             why = getattr(error, "strerror", None) or str(error)
-            name = os.fsdecode(self._path)
+            name = os.fsdecode(self.path)
             self._tell(f"failed auth attempts not counted: {name}: {why} (uid {os.geteuid()})")
             self._who = None  # told once is enough
             return 0
@@ -162,8 +162,8 @@ class AuthFailures:
                 return 0
             slot = Slot(mark, now)
         before = slot.count
-        if before < self._limit:
-            slot.add(self._limit, self._period)
+        if before < self.limit:
+            slot.add(self.limit, self.period)
             os.pwrite(descriptor, slot.pack(), place + number * _SLOT.size)
         return before
 

@@ -60,11 +60,12 @@ def examine(subject: Subject, trial: Trial, report: Report) -> None:
 
 def _examine_table(subject: Subject, report: Report) -> None:
     """The file in which failed AUTH attempts are counted, which the program makes if it may."""
-    line = subject.environ.get(b"AUTHFAILTABLE") or subject.files.line("authfailtable")
-    if not line:
+    failures = subject.server.auth_failures()
+    if not failures:
         return
-    path = subject.path(os.fsdecode(line))
-    report.fact("failed AUTH", f"counted in {path}")
+    path = subject.path(os.fsdecode(failures.path))
+    text = f"{failures.limit} of an address in {failures.period} s, counted in {path}"
+    report.fact("failed AUTH", text, limit=failures.limit, seconds=failures.period)
     writable = path if os.path.exists(path) else os.path.dirname(path)
     if not os.access(writable, os.W_OK):
         what = f"failed AUTH attempts are not counted: {writable} is not writable"

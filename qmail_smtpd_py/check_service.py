@@ -63,9 +63,9 @@ def _multilog(command: Command) -> tuple[str, list[str]]:
     names = [os.path.basename(word) if word else "" for word in words]
     if None in words or "multilog" not in names:
         return "", []
-    behind = words[names.index("multilog") + 1 :]
-    user = words[names.index("setuidgid") + 1] if "setuidgid" in names else ""
-    return user or "", [word for word in behind if word and word[0] in "./"]
+    at = names.index("multilog")
+    user = words[names.index("setuidgid") + 1] if "setuidgid" in names[:at] else ""
+    return user or "", [word for word in words[at + 1 :] if word and word[0] in "./"]
 
 
 def _examine_directory(path: str, user: str, report: Report) -> None:

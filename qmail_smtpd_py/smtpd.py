@@ -223,7 +223,7 @@ class Server(Effects):
     def authenticate(self, credentials: Credentials, identity: Identity) -> Reply:
         from . import checkpassword
 
-        failures = self._auth_failures()
+        failures = self.auth_failures()
         if failures and failures.are_too_many():
             return reply.AUTH_TOO_OFTEN
         return checkpassword.authenticate(
@@ -236,7 +236,7 @@ class Server(Effects):
             failures.end if failures else None,
         )
 
-    def _auth_failures(self) -> AuthFailures | None:
+    def auth_failures(self) -> AuthFailures | None:
         """The failed attempts of this client's address; None where nobody counts them."""
         path = self._sources.line(b"AUTHFAILTABLE", "authfailtable")
         if not path:

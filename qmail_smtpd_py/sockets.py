@@ -124,11 +124,9 @@ def _bind_port(options: Options) -> socket.socket:
 def _bind_helper(path: str, options: Options) -> socket.socket:
     """A UNIX socket that only -u's processes will be able to connect to; raises StartError."""
     try:
-        helper = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
-            if not helper.connect_ex(path):
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-            os.unlink(path)
+            _remove_left_socket(path)
+        helper = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
             helper.bind(path)
@@ -145,3 +143,17 @@ def _bind_helper(path: str, options: Options) -> socket.socket:
     except OSError as error:
         raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
     return helper
+
+
+def _remove_left_socket(path: str) -> None:
+    """Remove a UNIX socket that nobody listens to any more; raises OSError if somebody does, or if
+    that can not be found out.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # where there is no room in the queue it would wait
+        trouble = probe.connect_ex(path)
+    if trouble in (0, errno.EAGAIN):
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    if trouble != errno.ECONNREFUSED:
+        raise OSError(trouble, os.strerror(trouble))
+    os.unlink(path)

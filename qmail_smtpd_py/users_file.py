@@ -87,6 +87,10 @@ class PasswordHash:
         salt, digest = (base64(octets).rstrip(b"=") for octets in (self.salt, self.digest))
         return b"$scrypt$ln=%d,r=%d,p=%d$%s$%s" % (self.ln, self.r, self.p, salt, digest)
 
+    def work(self) -> int:
+        """What time it takes, in no unit."""
+        return (self.r * self.p) << self.ln
+
     def matches(self, password: bytes) -> bool:
         """Whether it is the hash of this password; raises Trouble where there is no memory."""
         return hmac.compare_digest(self.derive(password), self.digest)
@@ -181,10 +185,14 @@ class UsersFile:
         self._lines.remove(self.users.pop(name))
 
     def accepts_password(self, name: bytes, password: bytes) -> bool:
-        """Whether this is the user's password; takes as long for a user that is not known."""
+        """Whether this is the user's password; for a user that is not known it takes as long as for
+        those whose hash costs most.
+        """
         user = self.users.get(name)
-        some_user = user or next(iter(self.users.values()), _NOBODY)
-        return some_user.password_hash.matches(password) and user is not None
+        hashes = (each.password_hash for each in self.users.values())
+        costliest = max(hashes, key=PasswordHash.work, default=_NOBODY.password_hash)
+        password_hash = user.password_hash if user else costliest
+        return password_hash.matches(password) and user is not None
 
     def accepts_digest(self, name: bytes, challenge: bytes, digest: bytes) -> bool:
         """Whether this is the user's CRAM-MD5 digest, in hexadecimal (RFC 2195 section 2)."""
@@ -277,7 +285,8 @@ def change(path: str, edit: Callable[[UsersFile], None]) -> None:
 
 
 def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    # The directory may be a service's, and we root: no link of its choice leads us elsewhere.
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _replace(path: str, data: bytes) -> None:

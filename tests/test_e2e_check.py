@@ -392,6 +392,8 @@ def test_log_that_can_not_be_written(checked):
     assert checked.find().codes == []
     run.write_text(run.read_text().replace(user.pw_name, "no.such.user"))
     assert "there is no user no.such.user" in checked.find().problem("log-directory")["what"]
+    run.write_text(f"#!/bin/sh\nexec multilog t {home}/logged setuidgid\n")
+    assert checked.find().codes == []
     run.chmod(0o644)
     assert f"{run} is not executable" in checked.find().problem("run-file")["what"]
 
@@ -1029,7 +1031,9 @@ def test_table_of_failed_attempts(checked):
     checked.home.control("authfailtable", f"{directory}/failed")
     found = checked.find()
     assert found.codes == []
-    assert found.fact("failed AUTH")["text"] == f"counted in {directory}/failed"
+    fact = found.fact("failed AUTH")
+    assert fact["text"] == f"30 of an address in 3600 s, counted in {directory}/failed"
+    assert (fact["limit"], fact["seconds"]) == (30, 3600)
     assert list(directory.iterdir()) == []
 
 

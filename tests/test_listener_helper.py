@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import random
 import shutil
@@ -179,6 +180,23 @@ def test_a_second_helper_leaves_the_first_its_socket(mx: Stage, helper: Helping)
     )
     outcome(mx)
     served(helper)
+
+
+def test_a_helper_that_accepts_nobody_now_keeps_its_socket(mx: Stage) -> None:
+    """And its queue is full, where connect(2) would wait; what it leaves behind is in no way."""
+    path = mx.home / "helper"
+    with socket.socket(socket.AF_UNIX) as busy, contextlib.ExitStack() as clients:
+        busy.bind(str(path))
+        busy.listen(0)
+        while True:
+            client = clients.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            if client.connect_ex(str(path)):
+                break
+        status, text = refusal(mx, f"--helper={path}")
+    assert (status, text.rpartition(": ")[2]) == (111, "Address already in use\n")
+    with helping(mx):
+        outcome(mx)
 
 
 def test_a_link_in_the_place_of_the_socket_is_not_followed(

@@ -308,6 +308,15 @@ def test_a_symbolic_link_stays_one(home, users):
 # Trouble
 
 
+@pytest.mark.parametrize("name", ["smtpusers.lock", "smtpusers.new"])
+def test_a_link_that_a_service_has_put_there_leads_nowhere(home, users, name):
+    """The directory may be writable for it, and whoever calls us may be root."""
+    link, elsewhere = users.with_name(name), home / "elsewhere"
+    link.symlink_to(elsewhere)
+    tool(home, "remove", "bob")
+    assert not elsewhere.exists()
+
+
 @pytest.mark.parametrize(
     "arguments", [["set", "alice", "--stdin"], ["remove", "alice"], ["list"], ["check", "alice"]]
 )
@@ -465,7 +474,8 @@ def test_a_digest_that_differs_in_its_last_octet_only() -> None:
 
 
 def test_an_unknown_user_costs_what_those_in_the_file_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    users = UsersFile(b"alice:" + CHEAP + b"\n")
+    cheaper = CHEAP.replace(b"ln=4,r=8", b"ln=3,r=8")
+    users = UsersFile(b"bob:" + cheaper + b"\nalice:" + CHEAP + b"\n")
     costs = []
 
     def derive(asked: PasswordHash, password: bytes) -> bytes:
