@@ -5,6 +5,9 @@ PYTHON = $(firstword $(wildcard /usr/bin/python3) python3)
 PREFIX = /usr/local/qmail-smtpd-py
 DESTDIR =
 
+# Not empty: pyOpenSSL and python-daemon are those of PYTHON's host, and are not fetched
+SYSTEM =
+
 # make run
 PORT = 2525
 
@@ -24,7 +27,8 @@ FORCE =
 help:
 	@echo 'make run         take mail on 127.0.0.1 port $(PORT), without qmail and without root'
 	@echo 'make test        run all tests; as root on Debian, with all that they need'
-	@echo 'make install     install in PREFIX=$(PREFIX), with PYTHON=$(PYTHON)'
+	@echo 'make install     install in PREFIX=$(PREFIX), with PYTHON=$(PYTHON);'
+	@echo '                 SYSTEM=1 for pyOpenSSL and python-daemon of this host'
 	@echo 'make uninstall   remove what was installed in PREFIX, and nothing else'
 	@echo 'make cert        make control/servercert.pem: HOST= DAYS= KEY=rsa:2048|ec|ed25519, or'
 	@echo '                 put it together from the files in FROM=; OWNER= GROUP= QMAIL= FORCE=1'
@@ -42,11 +46,15 @@ python:
 venv-module: python
 	@PYTHON=$(PYTHON) setup/packages module:ensurepip=python3-venv
 
+system-packages: python
+	@$(if $(SYSTEM),PYTHON=$(PYTHON) setup/packages module:OpenSSL=python3-openssl \
+		module:daemon=python3-daemon module:setuptools=python3-setuptools)
+
 # The virtual environment of this checkout: with what the program needs, or with what tests need, too.
 .venv/run: EXTRAS =
 .venv/test: EXTRAS = [test,lint]
-.venv/run .venv/test: setup.cfg pyproject.toml | venv-module
-	$(PYTHON) -m venv .venv
+.venv/run .venv/test: setup.cfg pyproject.toml | venv-module system-packages
+	$(PYTHON) -m venv $(if $(SYSTEM),--system-site-packages) .venv
 	.venv/bin/python -m pip install --quiet 'pip >= 21.3'
 	.venv/bin/python -m pip install --quiet --editable '.$(EXTRAS)'
 	@touch .venv/run $@
@@ -71,8 +79,8 @@ bench-servers: .venv/run
 	@test -n '$(PEER)' || { echo 'PEER= is the path of the qmail-smtpd to compare with' >&2; exit 1; }
 	.venv/bin/python bench/servers.py --bin $(PREFIX)/bin --peer $(PEER)
 
-install: venv-module
-	@DESTDIR='$(DESTDIR)' $(PYTHON) setup/install.py install '$(PREFIX)'
+install: venv-module system-packages
+	@DESTDIR='$(DESTDIR)' SYSTEM='$(SYSTEM)' $(PYTHON) setup/install.py install '$(PREFIX)'
 
 uninstall: python
 	@DESTDIR='$(DESTDIR)' $(PYTHON) setup/install.py uninstall '$(PREFIX)'
@@ -96,4 +104,5 @@ clean:
 	rm -rf .venv .run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench bench-servers cert cert-req clean help install lint python run test uninstall venv-module
+.PHONY: bench bench-servers cert cert-req clean help install lint python run system-packages test \
+	uninstall venv-module

@@ -28,11 +28,11 @@ from __future__ import annotations
 import __future__
 
 import ast
+import importlib.util
 import marshal
 import os
 import sys
 import sysconfig
-from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 
 from . import reply
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 PACKAGE = "qmail_smtpd_py"
 SOURCES = Path(__file__).resolve().parent
+
+NEEDED = ("OpenSSL", "cryptography", "daemon")
+"""What is imported of other projects: ours to install, or the system's, beside what it needs."""
 
 SHEBANG_LIMIT = 127
 """Octets that every Linux takes of a script's first line (execve(2))."""
@@ -189,7 +192,7 @@ def image(program: Program) -> bytes:
     for name in ("__init__", *program.late, *program.soon, program.main):
         _add(name, entries, program.late)
     start = compile(_START, "start", "exec", dont_inherit=True)
-    return MAGIC_NUMBER + marshal.dumps((start, list(entries.values())))
+    return importlib.util.MAGIC_NUMBER + marshal.dumps((start, list(entries.values())))
 
 
 def _add(name: str, entries: dict[str, Entry], late: Collection[str]) -> None:
@@ -244,12 +247,19 @@ def _surroundings() -> dict[str, object]:
     if " " in interpreter or len(f"#!{interpreter} -IS") > SHEBANG_LIMIT:
         raise ValueError(f"no script can name {interpreter!r}: it has a blank, or is too long")
     path = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(SOURCES.parent)]
+    path += [place for place in map(_place, NEEDED) if place]
     return {
         "interpreter": interpreter,
         "package": PACKAGE,
         "sources": str(SOURCES),
         "path": list(dict.fromkeys(path)),
     }
+
+
+def _place(package: str) -> str | None:
+    """The directory that a package is in, which may be the system's; None if there is none."""
+    spec = importlib.util.find_spec(package)
+    return str(Path(spec.origin).parent.parent) if spec and spec.origin else None
 
 
 def main() -> int:

@@ -136,7 +136,7 @@ class Context:
         source = "tlsserverciphers"
         self.warnings += [f"{source}: no such cipher: {_text(name)}; left out" for name in unknown]
         if newer:
-            self.ssl.set_tls13_ciphersuites(b":".join(newer))
+            _set_suites(self.ssl, b":".join(newer))
         try:
             self.ssl.set_cipher_list(b":".join(older))
         except self._library.Error:
@@ -206,7 +206,7 @@ def sort_ciphers(ciphers: Sequence[bytes]) -> tuple[list[bytes], list[bytes], li
 
     def is_known(set_ciphers: Any, word: bytes) -> bool:
         try:
-            set_ciphers(word)
+            set_ciphers(scratch, word)
         except SSL.Error:
             return False
         return True
@@ -219,14 +219,28 @@ def sort_ciphers(ciphers: Sequence[bytes]) -> tuple[list[bytes], list[bytes], li
     for word in filter(None, text.split(b":")):
         if word[0] in _OPERATORS:
             older.append(word)  # it takes away, or puts in order: no harm if there is none
-        elif is_known(scratch.set_cipher_list, word):
+        elif is_known(SSL.Context.set_cipher_list, word):
             older.append(word)
         # After those: OpenSSL 3 takes a cipher of TLS 1.2 by its name in the registry here, too.
-        elif word.startswith(b"TLS_") and is_known(scratch.set_tls13_ciphersuites, word):
+        elif word.startswith(b"TLS_") and is_known(_set_suites, word):
             newer.append(word)
         else:
             unknown.append(word)
     return older, newer, unknown
+
+
+def _set_suites(context: Any, names: bytes) -> None:
+    """Set the ciphers of TLS 1.3; raises Error.  Before 25.2.0 pyOpenSSL could not."""
+    from OpenSSL import SSL
+
+    if hasattr(context, "set_tls13_ciphersuites"):
+        context.set_tls13_ciphersuites(names)
+        return
+    from cryptography.hazmat.bindings.openssl.binding import Binding
+
+    if not Binding.lib.SSL_CTX_set_ciphersuites(context._context, names):
+        Binding.lib.ERR_clear_error()
+        raise SSL.Error
 
 
 def _choose_protocol(connection: Any, offered: list[bytes]) -> bytes:

@@ -1,6 +1,7 @@
 """Install the programs below a prefix, or remove them; the Makefile runs this.
 
-    python3 setup/install.py install PREFIX      with DESTDIR in the environment, for packages
+    python3 setup/install.py install PREFIX      with DESTDIR in the environment, for packages; with
+                                                 SYSTEM, for the pyOpenSSL that the host has
     python3 setup/install.py uninstall PREFIX
 
 PREFIX is a directory of our own, such as /usr/local/qmail-smtpd-py:
@@ -47,6 +48,17 @@ SERVICES = ("run/", "systemd/", "fail2ban/", "hooks/")
 PAGES = sorted(CHECKOUT.glob("man/*.8"))
 PROGRAMS = [page.stem for page in PAGES]
 """A program is installed with its manual page, and not without."""
+
+
+_NOT_READY = (
+    "If it is cryptography that was to be built: there is none ready-made for this machine, and"
+    " building it needs Rust and the headers of OpenSSL and Python. On Debian 13 or newer, SYSTEM=1"
+    " takes Debian's."
+)
+_OLD = (
+    "SYSTEM=1 takes what this host has: python3-openssl, 25.0.0 or newer as in Debian 13,"
+    " python3-daemon and python3-setuptools."
+)
 
 
 class Failure(Exception):
@@ -199,7 +211,8 @@ def _fill(environment: Path) -> Path:
     launchers = environment / "launchers"
     print(f"making {environment} ...", flush=True)
     try:
-        _run(sys.executable, "-I", "-m", "venv", environment)
+        of_the_system = ["--system-site-packages"] if _takes_the_systems() else []
+        _run(sys.executable, "-I", "-m", "venv", *of_the_system, environment)
         with tempfile.TemporaryDirectory() as directory:
             source = _source(Path(directory))
             _install(python, source)
@@ -208,19 +221,23 @@ def _fill(environment: Path) -> Path:
     except BaseException:
         shutil.rmtree(environment, ignore_errors=True)
         _remove_if_empty(environment.parent)
+        _remove_if_empty(environment.parent.parent)
         raise
     return launchers
 
 
+def _takes_the_systems() -> bool:
+    """Whether what the package needs is the system's, where the system updates it."""
+    return bool(os.environ.get("SYSTEM"))
+
+
 def _install(python: Path, source: Path) -> None:
     """Install the package with what it needs; raises Failure."""
+    fetching_nothing = ["--no-index", "--no-build-isolation"] if _takes_the_systems() else []
     try:
-        _run(python, "-I", "-m", "pip", "install", "--quiet", source)
+        _run(python, "-I", "-m", "pip", "install", "--quiet", *fetching_nothing, source)
     except Failure as failure:
-        raise Failure(
-            f"{failure}\nIf it is cryptography that was to be built: there is none ready-made for"
-            " this machine, and building it needs Rust and the headers of OpenSSL and Python."
-        ) from None
+        raise Failure(f"{failure}\n{_OLD if fetching_nothing else _NOT_READY}") from None
 
 
 def _source(directory: Path) -> Path:

@@ -95,6 +95,19 @@ def session(stage: Stage, program: Path, dialogue: bytes = b"QUIT\r\n") -> bytes
     return said
 
 
+def has_auth_and_tls(stage: Stage, program: Path) -> None:
+    stage.control({"me": "mx.example.org\n", "servercert.pem": "@server-rsa.pem"})
+    stage.arguments("@checkpassword", "@true")
+    stage.environment({"SMTPAUTH": "", "FORCETLS": "0"})
+    said = session(stage, program, b"AUTH PLAIN AHUAcA==\r\nQUIT\r\n")
+    assert said == GREETING + b"235 ok, go ahead (#2.0.0)\r\n" + GOODBYE
+    with Program(stage, command=[str(program)]) as running:
+        assert running.client.reply() == "220 mx.example.org ESMTP"
+        assert running.client.command(b"STARTTLS") == "220 ready for tls"
+        assert running.client.start_tls() == "ok"
+        assert running.client.command(b"QUIT") == "221 mx.example.org"
+
+
 @pytest.fixture(autouse=True)
 def me(stage: Stage) -> None:
     stage.control({"me": "mx.example.org\n"})
@@ -274,6 +287,32 @@ def test_an_installation_that_fails_changes_nothing(
     assert [path.name for path in (own_prefix / "venv").iterdir()] == ["1"]
 
 
+PACKAGES = "import OpenSSL, daemon, setuptools; print(OpenSSL.__version__)"
+
+
+def test_with_the_packages_of_this_host(stage: Stage, tmp_path: Path) -> None:
+    """Nothing is fetched; and where they are too old, or are not there, nothing is installed."""
+    prefix = tmp_path / "there"
+    there = subprocess.run(
+        [INTERPRETER, "-I", "-c", PACKAGES], capture_output=True, text=True, check=False
+    )
+    done = subprocess.run(
+        [INTERPRETER, ROOT / "setup/install.py", "install", prefix],
+        env={**os.environ, "SYSTEM": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if there.returncode or int(there.stdout.split(".")[0]) < 25:
+        assert done.returncode == 1
+        assert "python3-openssl, 25.0.0 or newer" in done.stderr
+        assert not prefix.exists()
+    else:
+        assert done.returncode == 0, done.stderr
+        assert not [*prefix.glob("venv/1/lib/*/site-packages/OpenSSL")]
+        has_auth_and_tls(stage, prefix / "bin/qmail-smtpd")
+
+
 def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
     theirs = tmp_path / "bin/qmail-smtpd"
     theirs.parent.mkdir()
@@ -297,16 +336,7 @@ def test_a_package_finds_all_of_itself_where_it_is_unpacked(stage: Stage, tmp_pa
     shutil.copytree(below, prefix, symlinks=True)
     make("uninstall", prefix, DESTDIR=root)
     assert not below.exists()
-    stage.control({"me": "mx.example.org\n", "servercert.pem": "@server-rsa.pem"})
-    stage.arguments("@checkpassword", "@true")
-    stage.environment({"SMTPAUTH": "", "FORCETLS": "0"})
-    said = session(stage, prefix / "bin/qmail-smtpd", b"AUTH PLAIN AHUAcA==\r\nQUIT\r\n")
-    assert said == GREETING + b"235 ok, go ahead (#2.0.0)\r\n" + GOODBYE
-    with Program(stage, command=[str(prefix / "bin/qmail-smtpd")]) as running:
-        assert running.client.reply() == "220 mx.example.org ESMTP"
-        assert running.client.command(b"STARTTLS") == "220 ready for tls"
-        assert running.client.start_tls() == "ok"
-        assert running.client.command(b"QUIT") == "221 mx.example.org"
+    has_auth_and_tls(stage, prefix / "bin/qmail-smtpd")
 
 
 # Removing it

@@ -19,6 +19,7 @@ from conformance.logs import nobody_reads
 from conformance.program import ROOT, Program
 from conformance.stage import Stage
 
+from qmail_smtpd_py import launcher
 from qmail_smtpd_py.launcher import PROGRAMS, TOOLS
 
 PACKAGE = ROOT / "qmail_smtpd_py"
@@ -294,6 +295,17 @@ def run_limited(
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         check=False,
     )
+
+
+def test_what_the_system_has_is_found_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_the_system").mkdir()
+    (tmp_path / "of_the_system" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(launcher, "NEEDED", ("of_the_system", "not_there"))
+    text = launcher.tool("qmail-smtpd-listen").decode()
+    assert re.search(rf"(?m)^sys.path \+= \[.*'{tmp_path}'\]$", text)
 
 
 def test_installed_launchers_can_be_moved(stage: Stage, copied: Path, tmp_path: Path) -> None:
