@@ -30,15 +30,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-_STEP = 16  # octets: sizes are multiples of that
+_WIDE = sys.maxsize > 2**32  # a pointer has 8 octets, and not 4
+_STEP = 16 if _WIDE else 8  # octets: sizes are multiples of that
 _SMALL = 512  # octets; what is larger the interpreter, too, has from malloc
 # Octets of a pool, which has objects of one size, and of its head; CPython 3.9 has 4 KiB.
-_POOL, _HEAD = 16 << 10, 48
+_POOL, _HEAD = 16 << 10, 48 if _WIDE else 32
 _ROOM = 64 << 10  # octets; what the holes of one small size come to is less
-_EMPTY = 33  # octets of bytes(0)
+_EMPTY = sys.getsizeof(b"")  # octets; 33 or 17
 
 _LARGE = 4096  # octets; no session asks malloc for many pieces that are larger, but buffers
-_NOTE = 8  # octets that malloc needs for itself
+_NOTE = 8 if _WIDE else 4  # octets that malloc needs for itself
 _MOST_PIECES = 5000  # there are hundreds
 _INFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
@@ -94,9 +95,9 @@ class Filling:
 
 def _object(size: int, number: int) -> object:
     """An object that nobody else has, of some octets."""
-    if size >= 48:
+    if size >= _EMPTY + _STEP - 1:
         return bytes(size - _EMPTY)
-    return float(number) if size == 32 else object()
+    return float(number) if size == 2 * _STEP else object()
 
 
 class _Malloc:

@@ -14,7 +14,7 @@ import ctypes
 from qmail_smtpd_py import heap
 malloc = ctypes.CDLL(None).malloc
 malloc.restype = ctypes.c_void_p
-held = [[bytes(size - 33) for _ in range(300)] for size in range(48, 1024, 16)]
+held = [[bytes(size - heap._EMPTY) for _ in range(300)] for size in range(48, 1024, 16)]
 for row in held:
     del row[::50]
 made = [None] * 1000
@@ -41,8 +41,8 @@ def pages(fill: str, sizes: list[int], make: str, place: str) -> int:
 
 def test_small_objects_of_a_size_stand_on_a_page() -> None:
     sizes = [*range(64, 513, 16)]  # smaller ones the interpreter makes by the way, too
-    assert pages("fill", sizes, "bytes(size - 33)", "id(one)") <= len(sizes) + 3
-    assert pages("empty", sizes, "bytes(size - 33)", "id(one)") > 2 * len(sizes)
+    assert pages("fill", sizes, "bytes(size - heap._EMPTY)", "id(one)") <= len(sizes) + 3
+    assert pages("empty", sizes, "bytes(size - heap._EMPTY)", "id(one)") > 2 * len(sizes)
 
 
 def test_pieces_of_mallocs_stand_on_few_pages() -> None:

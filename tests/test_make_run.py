@@ -45,7 +45,8 @@ def as_mail_user(*command: object) -> list[str]:
 
 def environ(checkout: Path) -> dict[str, str]:
     """The environment of the user's shell."""
-    kept = {name: text for name, text in os.environ.items() if name.startswith(("PIP_", "SSL_"))}
+    ours = ("PIP_", "SSL_", "SYSTEM")
+    kept = {name: text for name, text in os.environ.items() if name.startswith(ours)}
     return {**kept, "PATH": os.environ["PATH"], "HOME": str(checkout.parent)}
 
 
