@@ -274,7 +274,7 @@ def test_an_installation_that_fails_changes_nothing(
     nothing.mkdir()
     environ = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(nothing)}
     done = subprocess.run(
-        ["make", "--silent", "install", f"PREFIX={own_prefix}", f"PYTHON={INTERPRETER}"],
+        ["make", "--silent", "install", "SYSTEM=", f"PREFIX={own_prefix}", f"PYTHON={INTERPRETER}"],
         cwd=ROOT,
         env=environ,
         capture_output=True,
