@@ -45,8 +45,7 @@ def as_mail_user(*command: object) -> list[str]:
 
 def environ(checkout: Path) -> dict[str, str]:
     """The environment of the user's shell."""
-    ours = ("PIP_", "SSL_", "SYSTEM")
-    kept = {name: text for name, text in os.environ.items() if name.startswith(ours)}
+    kept = {name: text for name, text in os.environ.items() if name.startswith(("PIP_", "SSL_"))}
     return {**kept, "PATH": os.environ["PATH"], "HOME": str(checkout.parent)}
 
 
@@ -56,7 +55,8 @@ class Running:
     def __init__(self, checkout: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        make = ("make", "run", f"PORT={self.port}", f"PYTHON={INTERPRETER}")
+        system = os.environ.get("SYSTEM", "")  # as `make test` was given it
+        make = ("make", "run", f"PORT={self.port}", f"PYTHON={INTERPRETER}", f"SYSTEM={system}")
         self._process = subprocess.Popen(
             as_mail_user(*make),
             cwd=checkout,
