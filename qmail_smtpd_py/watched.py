@@ -7,10 +7,9 @@ secrets out, however they were cut into pieces or pipelined:
     AUTH                 its mechanism, and how many octets stood behind it
     a response           how many octets
     334                  how many octets
-    what is no command   its first word if that is a word, and how many octets stood behind it;
-                         once there was an AUTH, how many octets: a client that was refused it may
-                         say its password all the same
-    other commands       their verb; of HELO, EHLO, MAIL and RCPT the arguments too
+    other commands       their verb, and of HELO, EHLO, MAIL and RCPT the arguments too; what other
+                         servers have for commands is shown as such
+    what is no command   how many octets: a client may say a password at the wrong time
     a message            how many octets
 """
 
@@ -31,7 +30,11 @@ CLIENT, SERVER, NOTE = "client", "server", "note"
 """Who says something; a note is what we say of it."""
 
 _SHOWN_WHOLE = (b"HELO", b"EHLO", b"MAIL", b"RCPT")
-_LONGEST_WORD = 16  # octets of what is no verb, and still is shown
+_ELSEWHERE = (
+    *(b"ATRN", b"BDAT", b"BURL", b"ETRN", b"EXPN", b"LHLO", b"PASS", b"SAML"),
+    *(b"SEND", b"SOML", b"TURN", b"USER", b"XCLIENT", b"XFORWARD"),
+)
+"""Commands that others have and we do not."""
 
 
 class Transcript:
@@ -58,7 +61,6 @@ class WatchedSession(Session):
     ) -> None:
         super().__init__(connection, settings, effects)
         self._transcript = transcript
-        self._saw_auth = False
         self._unread = _WatchedUnread(self)
 
     def line_came(self, line: bytes | None) -> None:
@@ -68,8 +70,7 @@ class WatchedSession(Session):
         elif self.state == AUTH_RESPONSE:
             self._transcript.write(CLIENT, line if line == b"*" else _count(line))
         else:
-            self._transcript.write(CLIENT, show_command(line, self._saw_auth))
-            self._saw_auth = self._saw_auth or _verb(line) == b"AUTH"
+            self._transcript.write(CLIENT, show_command(line))
 
     def rest_came(self, octets: bytes) -> None:
         """Octets are about to be taken that are no line."""
@@ -136,12 +137,12 @@ class _WatchedUnread(Unread):
         return octets
 
 
-def show_command(line: bytes, after_auth: bool) -> bytes:
+def show_command(line: bytes) -> bytes:
     """A command line without its secrets."""
-    verb = _verb(line)
+    verb = line.partition(b"\0")[0].partition(b" ")[0].upper()  # as the session reads it
     if verb in _SHOWN_WHOLE:
         return line
-    if verb not in VERBS and (after_auth or len(verb) > _LONGEST_WORD or not verb.isalpha()):
+    if verb not in VERBS and verb not in _ELSEWHERE:
         return _count(line)
     shown, rest = line[: len(verb)], line[len(verb) :]
     if verb == b"AUTH":
@@ -149,11 +150,6 @@ def show_command(line: bytes, after_auth: bool) -> bytes:
         if name.upper() in sasl.MECHANISMS:
             shown, rest = b"AUTH " + name, rest.partition(name)[2]
     return shown + (b" " + _count(rest.lstrip(b" ")) if rest else b"")
-
-
-def _verb(line: bytes) -> bytes:
-    """The verb as the session reads it."""
-    return line.partition(b"\0")[0].partition(b" ")[0].upper()
 
 
 def _count(octets: bytes) -> bytes:

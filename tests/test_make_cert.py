@@ -121,10 +121,11 @@ def test_one_that_is_there_is_replaced_only_by_force(control: Path) -> None:
     assert {path.name for path in control.iterdir()} == {"me", "servercert.pem"}
 
 
-def test_one_that_is_replaced_can_be_read_by_whom_it_could_be(control: Path) -> None:
+@pytest.mark.parametrize("mode", [0o600, 0o440, 0o644])
+def test_one_that_is_replaced_can_be_read_by_whom_it_could_be(control: Path, mode: int) -> None:
     make("cert", control)
     path = control / "servercert.pem"
-    path.chmod(0o600)
+    path.chmod(mode)
     if os.getuid() == 0:
         os.chown(path, 7, 8)
     before = path.stat()
@@ -132,7 +133,7 @@ def test_one_that_is_replaced_can_be_read_by_whom_it_could_be(control: Path) -> 
     after = path.stat()
     assert before.st_ino != after.st_ino
     assert (after.st_uid, after.st_gid) == (before.st_uid, before.st_gid)
-    assert stat.S_IMODE(after.st_mode) == 0o600
+    assert stat.S_IMODE(after.st_mode) == mode
 
 
 @pytest.mark.parametrize(
