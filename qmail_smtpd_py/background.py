@@ -16,11 +16,18 @@ def detach(options: Options, keep: int) -> None:
     from daemon import DaemonContext
 
     _check_pid_file(options.pid_file)
-    pid_file = _open_to_append(options.pid_file or os.devnull)
+    kept = [keep]
+    if options.pid_file:
+        pid_file = _open_for_writing(options.pid_file)
+        kept.append(pid_file)
+        try:
+            _write_over(pid_file, b" ")  # later nobody could be told that the disk is full
+        except OSError as error:
+            raise _unwritable(options.pid_file, error) from None
     if options.log_file:
-        os.dup2(_open_to_append(options.log_file), log.DESCRIPTOR)
+        os.dup2(_open_for_writing(options.log_file, os.O_APPEND), log.DESCRIPTOR)
     DaemonContext(
-        files_preserve=[keep, pid_file],
+        files_preserve=kept,
         stderr=sys.stderr,
         working_directory="/",
         umask=0o022,
@@ -30,9 +37,14 @@ def detach(options: Options, keep: int) -> None:
         signal_map={},
     ).open()
     if options.pid_file:
-        os.ftruncate(pid_file, 0)
-    os.write(pid_file, b"%d\n" % os.getpid())
-    os.close(pid_file)
+        _write_over(pid_file, b"%d\n" % os.getpid())
+        os.close(pid_file)
+
+
+def _write_over(pid_file: int, text: bytes) -> None:
+    """Write a text over what is there; raises OSError."""
+    os.pwrite(pid_file, text, 0)
+    os.ftruncate(pid_file, len(text))
 
 
 def _check_pid_file(path: str | None) -> None:
@@ -68,14 +80,17 @@ def _pid_in(path: str | None) -> int:
         return 0
 
 
-def _open_to_append(path: str) -> int:
+def _open_for_writing(path: str, flags: int = 0) -> int:
     try:
-        descriptor = _open_plainly(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        descriptor = _open_plainly(path, os.O_WRONLY | os.O_CREAT | flags)
     except OSError as error:
-        who = f"(uid {os.geteuid()})"
-        raise StartError(f"cannot write {path}: {error.strerror} {who}") from None
+        raise _unwritable(path, error) from None
     os.set_blocking(descriptor, True)
     return descriptor
+
+
+def _unwritable(path: str, error: OSError) -> StartError:
+    return StartError(f"cannot write {path}: {error.strerror} (uid {os.geteuid()})")
 
 
 def _open_plainly(path: str, flags: int) -> int:

@@ -204,7 +204,13 @@ def main() -> int:
     if os.geteuid() in (0, service.uid):
         subject = Subject(service.environ, [], service.chain, smtpd)
         check_queue.examine_directories(check_queue.program_of(subject), report)
-    print(report.as_json() + "\n" if arguments.json else report.as_text(), end="")
+    text = report.as_json() + "\n" if arguments.json else report.as_text()
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        print(f"qmail-smtpd-check: cannot write: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in the buffer
+        return 111
     return report.exit_status
 
 

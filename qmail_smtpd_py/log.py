@@ -144,7 +144,9 @@ def where(error: BaseException) -> str:
     if not trace:
         return type(error).__name__
     file = trace.tb_frame.f_code.co_filename.rpartition("/")[2]
-    return f"{type(error).__name__} at {file} line {trace.tb_lineno}"
+    place = f"{type(error).__name__} at {file} line {trace.tb_lineno}"
+    why = error.strerror if isinstance(error, OSError) else None
+    return f"{place}: {why}" if why else place
 
 
 def escaped(octets: bytes, plain: bytes, most: int) -> bytes:

@@ -1,45 +1,69 @@
 """Who goes first where memory runs out for all: a worker, and not the listener (proc(5)).
 
 A worker that is killed takes its connection with it, and another takes its place; with the parent
-the service would end.
+the service would end.  So each worker raises its own score when it has been forked: that of a
+parent who raised its own for them would be the highest just then, when memory is short.
 """
 
 from __future__ import annotations
 
 import os
 
-_MORE, _MOST = 200, 1000  # what workers have more than we have, and what there can be
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MORE, _MOST = 200, 1000  # what workers have more than their parent, and what there can be
 _FILE = "/proc/self/oom_score_adj"
+
+_PR_SET_DUMPABLE = 4  # prctl(2)
 
 
 class OomScore:
-    """Our own oom_score_adj, which children inherit: it is raised as long as they are forked.
-
-    To be made before -u counts, as behind it the file is root's, for us and for our children.
-    `descriptors` are the one that it holds, or none where there is no such file.
-    """
+    """What a worker's oom_score_adj is to be; made by its parent, which keeps its own."""
 
     def __init__(self) -> None:
-        self.descriptors: tuple[int, ...] = ()
-        self._own = 0
+        self._of_worker: bytes | None = None
         try:
-            descriptor = os.open(_FILE, os.O_RDWR)
-            self._own = int(os.read(descriptor, 16))
+            with open(_FILE, "rb") as file:
+                self._of_worker = b"%d" % min(int(file.read()) + _MORE, _MOST)
         except (OSError, ValueError):
+            return  # there is no such file
+        self._set_dumpable = _set_dumpable()
+
+    def raise_own(self) -> None:
+        """Have this process, a worker, be killed before its parent."""
+        if self._of_worker is None:
             return
-        self.descriptors = (descriptor,)
-
-    def raise_for_children(self) -> None:
-        """Have those that are forked now be killed before us."""
-        self._set(min(self._own + _MORE, _MOST))
-
-    def restore(self) -> None:
-        """Have our own again."""
-        self._set(self._own)
-
-    def _set(self, score: int) -> None:
-        for descriptor in self.descriptors:
+        try:
+            self._write()
+        except PermissionError:
+            # Behind -u our files in /proc are root's, as long as nobody may look into us.
+            self._set_dumpable(1)
             try:
-                os.pwrite(descriptor, b"%d" % score, 0)
+                self._write()
             except OSError:
                 pass  # no reason to serve nobody
+            finally:
+                self._set_dumpable(0)
+        except OSError:
+            pass
+
+    def _write(self) -> None:
+        descriptor = os.open(_FILE, os.O_WRONLY)
+        try:
+            os.write(descriptor, self._of_worker or b"")
+        finally:
+            os.close(descriptor)
+
+
+def _set_dumpable() -> Callable[[int], object]:
+    """What says whether those with the same user id may look into this process (prctl(2))."""
+    try:
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+    except (AttributeError, ImportError, MemoryError, OSError):
+        return lambda is_on: None
+    prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    return lambda is_on: prctl(_PR_SET_DUMPABLE, is_on, 0, 0, 0)

@@ -39,7 +39,7 @@ from _signal import (  # type: ignore[import-not-found]  # signal, without its e
 from _signal import signal as set_handler
 from os import _exit, close, fork  # who looks for them in a module writes to five pages more
 
-from .log import where
+from .log import OUT_OF_MEMORY, where
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -365,10 +365,10 @@ class Pool:
                 return
             if not pid:
                 return
-            self._owes_one = self._owes_one or status != 0
             place = self._places.pop(pid, None)
             if place is None:
-                continue
+                continue  # an orphan, where we are process 1
+            self._owes_one = self._owes_one or status != 0
             age = time.monotonic() - self._births.pop(pid)
             was_busy = self.board.is_busy(place)
             has_worked = not status or age > _YOUNG or was_busy
@@ -427,29 +427,30 @@ class Pool:
 
     def _fork_for(self, works: Iterable[Callable[[], None]]) -> list[int]:
         """The process ids of workers for as many of these as can be forked for, the first ones."""
-        own = (*self._employer.own_descriptors, *self._score.descriptors)
-        tell, parents_own = self._employer.tell, (self._hear, self._held, *own)
+        tell = self._employer.tell
+        parents_own = (self._hear, self._held, *self._employer.own_descriptors)
         pids = []
         # Or a signal could come to a child that has the parent's handlers yet, and be lost.
         pthread_sigmask(SIG_BLOCK, _DEFAULT_IN_WORKERS)
-        self._score.raise_for_children()
         try:
             for work in works:
                 pid = fork()
                 if not pid:
-                    _become_worker(work, tell, parents_own)
+                    _become_worker(work, tell, parents_own, self._score)
                 pids.append(pid)
         except OSError as error:
             self._employer.tell(f"warning: cannot fork: {error.strerror}")
             self._fork_at = time.monotonic() + 1
         finally:
-            self._score.restore()
             pthread_sigmask(SIG_UNBLOCK, _DEFAULT_IN_WORKERS)
         return pids
 
 
 def _become_worker(
-    work: Callable[[], None], tell: Callable[[str], None], parents_own: tuple[int, ...]
+    work: Callable[[], None],
+    tell: Callable[[str], None],
+    parents_own: tuple[int, ...],
+    score: OomScore,
 ) -> NoReturn:
     """What the child does; it never comes back.  The descriptors that are the parent's own are not
     for it.
@@ -465,8 +466,11 @@ def _become_worker(
         set_wakeup_fd(-1)
         for descriptor in parents_own:
             close(descriptor)
+        score.raise_own()
         work()
         status = 0
+    except MemoryError:
+        tell(f"fatal: {OUT_OF_MEMORY}")
     except Exception as error:  # a defect: what it was, without a traceback
         tell(f"fatal: {where(error)}")
     finally:

@@ -65,7 +65,7 @@ def rehearse(service: Service) -> None:
     it does not matter.
     """
     server = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
-    with server as listener, open(os.devnull, "wb") as sink:
+    with server as listener, open(os.devnull, "r+b", 0) as sink:
         listener.setblocking(False)
         nowhere = sink.fileno()
         # Now: whoever finds the port, and connects, is hardly among the first in the queue, and is

@@ -1023,6 +1023,15 @@ def test_memory_limit_of_the_listener(checked, limit, codes):
     assert checked.find("--env-from", run).codes == codes
 
 
+def test_a_report_that_nobody_takes(checked):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [checked.program], stdout=full, stderr=subprocess.PIPE, env={"PATH": os.environ["PATH"]}
+        )
+    assert done.returncode == 111
+    assert done.stderr == b"qmail-smtpd-check: cannot write: No space left on device\n"
+
+
 # Where failed attempts are counted, and traces go
 
 

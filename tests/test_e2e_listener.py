@@ -92,9 +92,11 @@ def test_rights_are_given_up_for_good(
         for pid in (listener.pid, *listener.workers):
             assert rights(pid) == none_but(user)
         ours = oom_score(os.getpid())
-        eventually(lambda: oom_score(listener.pid) == ours, "the parent has its own again")
         theirs = min(ours + 200, 1000)
         eventually(lambda: {*map(oom_score, listener.workers)} == {theirs}, "workers have more")
+        assert oom_score(listener.pid) == ours
+        for pid in listener.workers:
+            assert os.stat(f"/proc/{pid}/mem").st_uid == 0, "nobody may look into it"
         if how != "helper":
             quit_(listener.greeted())
             listener.signal(signal.SIGUSR2)

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 from conformance.stage import Stage
 from listener.daemon import Daemon
-from listener.listening import ADDRESS, Listening, program, refusal, wait_for_death, without
+from listener.listening import (
+    ADDRESS,
+    Listening,
+    octet_environment,
+    program,
+    refusal,
+    wait_for_death,
+    without,
+)
 from listener.mail import begin_message, end_message, quit_
 
 pytest_plugins = ["listener.fixtures"]
@@ -73,6 +81,22 @@ def test_a_pid_file_of_nobody(mx: Stage, tmp_path: Path, content: str) -> None:
     with Daemon(mx, tmp_path) as daemon:
         assert f"{daemon.pid}\n" != content
         quit_(daemon.greeted())
+
+
+def test_a_pid_file_that_can_not_be_written(mx: Stage, tmp_path: Path) -> None:
+    """Told as long as there is somebody to tell: the disk is full, or no file may have an octet."""
+    path = tmp_path / "pid"
+    limited = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *program()]
+    done = subprocess.run(
+        [*limited, "--daemon", f"--pid-file={path}", ADDRESS, "0"],
+        env=octet_environment(mx),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    why = f"cannot write {path}: File too large (uid {os.geteuid()})"
+    assert (done.returncode, done.stderr) == (111, f"qmail-smtpd-listen: fatal: {why}\n")
 
 
 def test_a_pid_file_with_the_pid_of_another_listener(mx: Stage, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import re
 import select
 import signal
 import socket
@@ -168,6 +169,31 @@ def test_a_stranger_who_finds_the_port_of_a_rehearsal(
         stranger.recv(1)
 
 
+FAILING = """
+import sys
+from qmail_smtpd_py import oomscore, prefork
+def work():
+    raise eval(sys.argv[1])
+prefork._become_worker(work, lambda text: print(text, flush=True), (), oomscore.OomScore())
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("MemoryError", "fatal: out of memory; is the memory limit too low?"),
+        ("OSError(24, 'Too many open files')", "fatal: OSError at .*: Too many open files"),
+        ("KeyError('secret')", "fatal: KeyError at <string> line 5"),
+    ],
+)
+def test_what_a_worker_says_at_its_end(error: str, told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, error], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert re.fullmatch(told.replace("?", r"\?") + "\n", done.stdout)
+
+
 SIGNALLED = """
 import os, signal, time
 from qmail_smtpd_py import oomscore, prefork
@@ -196,6 +222,35 @@ def test_a_worker_that_is_to_end_before_it_has_begun() -> None:
         [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == (f"{signal.SIGTERM.value} set()\n", "")
+
+
+ORPHANS = """
+import os, time
+from qmail_smtpd_py import oomscore, prefork
+class Employer(prefork.Employer):
+    def employ(self, place):
+        return lambda: time.sleep(9)
+    def prepare(self):
+        pass
+pool = prefork.Pool(5, 1, Employer(), oomscore.OomScore(), os.open("/dev/null", os.O_RDONLY))
+pool.maintain()
+for _ in range(3):
+    orphan = os.fork()
+    if not orphan:
+        os._exit(3)
+    os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOWAIT)
+    pool.maintain()
+print(len(pool.workers))
+pool.signal_all(9)
+"""
+
+
+def test_an_orphan_that_fails_is_no_worker() -> None:
+    """They are children of process 1, which in a container may be a listener."""
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHANS], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("1\n", "")
 
 
 def test_the_end_of_its_client_is_the_end_of_a_rehearsal() -> None:
