@@ -304,7 +304,7 @@ class Chain:
             self._limit_connections(value)
         elif flag == "-l":
             self.local_host = value
-        elif flag == "-x":
+        elif flag == "-x" and is_known(value):
             self.rules = os.path.join(self.directory, value)
         elif flag == "-X":
             self.is_rules_file_optional = True

@@ -28,10 +28,14 @@ from .findings import Report
 from .log import where
 from .process import environment
 from .rights import group_name, owner, user_name
-from .runfile import RunFile
+from .runfile import RunFile, is_for_shell
 from .subject import SERVICE_VARIABLES, Subject
 
 MISUSED = 100
+
+_SWITCHES = ("DISABLETLS", "DROP_PRE_GREET", "FORCEAUTHMAILFROM", "HIDE_HOST", "REQUIRETLS")
+_AS_IF_UNSET = {("SMTPAUTH", "0"), *((name, value) for name in _SWITCHES for value in ("", "0"))}
+"""Variables with values that mean what it means that they are not set."""
 
 
 class Misuse(Exception):
@@ -66,6 +70,10 @@ class Service:
                 path = os.path.join(path, "run") if os.path.isdir(path) else path
                 with open(path, encoding="utf-8", errors="surrogateescape") as file:
                     script = file.read()
+                if not is_for_shell(script):
+                    self._report.note(f"{path} is no script for sh: nothing of it was read")
+                    self.environ = {os.fsencode(k): os.fsencode(v) for k, v in variables.items()}
+                    return
                 self.run = RunFile(script, os.path.dirname(os.path.abspath(path)))
                 self.chain, variables = self.run.chain, self.run.environ
                 self._tell_of_run_file(self.run)
@@ -84,23 +92,29 @@ class Service:
             report.error("no-such-user", what, "make the user, or correct the name")
         for what, remedy in run.chain.troubles:
             report.error("run-file", what, remedy)
-        for line, name, value, is_used in run.unexported:
-            is_ours = name in SERVICE_VARIABLES
-            if is_used and not is_ours:
-                continue
-            tell = report.error if is_ours else report.warning
-            shown = f"{name}={value!r}" if is_ours else name  # of others it may be a secret
-            what = f"line {line} sets {shown} without export: qmail-smtpd does not get it"
-            remedy = f"export {name}"
-            if name == "RELAYCLIENT":  # exported, it would let everybody relay
-                remedy = "take it out, and set it in the rules, for your own addresses only"
-            tell("not-exported", what, remedy)
+        self._tell_of_unexported(run)
         if not run.chain.program:
             what = "no qmail-smtpd was found in the run file: its environment may be incomplete"
             report.warning("no-program", what, "see what was not understood; check by hand")
         elif not run.has_joined_log and not run.chain.logs_by_itself:
             what = "2>&1 is missing: what qmail-smtpd logs does not get into the service's log"
             report.warning("no-log", what, "put 2>&1 at the end of the last command")
+
+    def _tell_of_unexported(self, run: RunFile) -> None:
+        """Tell of variables that the run file sets and qmail-smtpd does not get."""
+        for line, name, value, is_used in run.unexported:
+            is_ours = name in SERVICE_VARIABLES
+            if (is_used and not is_ours) or (name, value) in _AS_IF_UNSET:
+                continue
+            tell = self._report.error if is_ours else self._report.warning
+            shown = f"{name}={value!r}" if is_ours else name  # of others it may be a secret
+            what = f"line {line} sets {shown} without export: qmail-smtpd does not get it"
+            remedy = f"export {name}"
+            if name == "RELAYCLIENT":  # exported, it would let everybody relay
+                remedy = "take it out, and set it in the rules, for your own addresses only"
+            if name == "SMTPS" and value in ("", "0"):  # exported, it is on whatever it is
+                remedy = "take it out"
+            tell("not-exported", what, remedy)
 
     def _user(self, name: str | None) -> tuple[int, int]:
         """Whose rights the service has; raises Misuse."""
@@ -129,7 +143,7 @@ class Service:
             return
         elif uid == 0 and not was_given and self.run:
             is_said = self.chain.uid is not None
-            if not is_said and (self.run.notes or self.chain.has_gap) and self.chain.server:
+            if not is_said and (self.run.notes or self.chain.has_gap):
                 report.warning(
                     "no-user", "whose rights the service has is not known", "--user NAME"
                 )
@@ -252,6 +266,7 @@ def _in_child(service: Service, smtpd: str) -> str:
     pid = os.fork()
     if not pid:
         try:
+            os.setsid()  # whoever can look into it may not type at our terminal (TIOCSTI)
             os.close(reader)
             with open(writer, "w", encoding="utf-8") as pipe:
                 pipe.write(_examine(service, smtpd).as_json())

@@ -7,7 +7,7 @@ import resource
 import sys
 
 from .chain import LISTENER
-from .rights import obstacle
+from .rights import obstacle, remedy_for_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _examine_trace(subject: Subject, report: Report) -> None:
     path = subject.path(trace)
     if not trace.startswith("=") and not os.access(path, os.W_OK | os.X_OK):
         what = f"sessions are not traced: {path} is not writable"
-        remedy = f"mkdir -p {path}; chown {os.geteuid()} {path}; chmod 700 {path}"
+        remedy = remedy_for_directory(path, os.geteuid())
         report.warning("trace", what, remedy, obstacle(path))
 
 

@@ -6,7 +6,7 @@ import os
 import stat
 
 from .qmail_queue import DEFAULT_PROGRAM
-from .rights import has_setuid, owner, program_trouble, user_name
+from .rights import has_setuid, owner, program_trouble, remedy_for_directory, user_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _examine_maildir(subject: Subject, report: Report) -> None:
     for path in there or [os.path.dirname(maildir)]:
         if not os.access(path, os.W_OK | os.X_OK):
             what = f"{path} is not writable for uid {os.geteuid()}: {owner(os.stat(path))}"
-            remedy = f"mkdir -p {maildir}; chown -R {os.geteuid()} {maildir}"
+            remedy = remedy_for_directory(maildir, os.geteuid())
             report.error("maildir", what, remedy, "qmail-queue-maildir delivers there")
 
 

@@ -36,7 +36,7 @@ def examine(subject: Subject, report: Report) -> None:
         what = f"{where} sets RELAYCLIENT: everybody may send to everywhere, an open relay"
         remedy = "set RELAYCLIENT in the rules, for your own addresses only"
         report.error("open-relay", what, remedy)
-    if "rcpthosts" not in subject.files.found and not report.has("unreadable"):
+    if not {"rcpthosts"} & (subject.files.found | subject.files.unreadable):
         _tell_of_no_rcpthosts(subject, must_authenticate, report)
 
 
@@ -97,7 +97,7 @@ def _examine_more(subject: Subject, report: Report) -> None:
     source = subject.files.list("morercpthosts")
     descriptor = subject.files.open("morercpthosts.cdb")
     if descriptor is None:
-        if source and not report.has("unreadable"):
+        if source and "morercpthosts.cdb" not in subject.files.unreadable:
             what = "control/morercpthosts is there, and morercpthosts.cdb, which counts, is not"
             report.warning("morercpthosts-stale", what, run)
         return
@@ -162,13 +162,22 @@ def _tell_of_rules(subject: Subject, report: Report) -> None:
     deny = f"{denied} of which {'denies' if denied == 1 else 'deny'}"
     text = f"{path}: {counted(len(found), 'rule')}, {deny}; all others {default}"
     report.fact("rules", text, rules=len(found))
-    report.fact(
-        "relaying", " ".join(key or ":" for key in relays) or "no address", addresses=relays
-    )
+    _tell_of_relays(relays, subject, report)
     for key, sets in found:
         if sets and key:  # what is for everybody is looked at in the environment
             examine_variables(sets, f"{path}: {key}: ", report)
     _examine_age(path, report)
+
+
+def _tell_of_relays(relays: list[str], subject: Subject, report: Report) -> None:
+    """Who may relay by the rules; what is for everybody is looked at in the environment."""
+    report.fact(
+        "relaying", " ".join(key or ":" for key in relays) or "no address", addresses=relays
+    )
+    if "=" in relays and not subject.server.settings.auth.required:
+        what = "the rule = sets RELAYCLIENT: whoever has a name in DNS may send to everywhere"
+        remedy = "set RELAYCLIENT in rules for your own addresses only"
+        report.error("open-relay", what, remedy, "it counts unless the server has -H")
 
 
 def _examine_age(path: str, report: Report) -> None:

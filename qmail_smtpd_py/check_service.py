@@ -11,13 +11,16 @@ import os
 import pwd
 
 from . import shellwords
-from .rights import owner, program_trouble
+from .rights import owner, program_trouble, remedy_for_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .findings import Report
     from .runfile import RunFile
     from .shellwords import Command
+
+_OF_MULTILOG = ("@", "current", "lock", "newstate", "previous", "processed", "state")
+"""What the names begin with that multilog makes in a directory."""
 
 
 def examine(path: str, run: RunFile, report: Report) -> None:
@@ -83,12 +86,13 @@ def _examine_directory(path: str, user: str, report: Report) -> None:
         return  # nobody but root can say
     except OSError as error:
         what = f"the log is not written: {path}: {error.strerror}"
-        remedy = f"mkdir -p {path}; chown {account.pw_name} {path}"
+        remedy = remedy_for_directory(path, account.pw_name)
         report.error("log-directory", what, remedy, cause)
         return
     if account.pw_uid and not _may_write(found, account):
         what = f"the log is not written: {path} is {owner(found)}, and {user} can not write there"
-        report.error("log-directory", what, f"chown {user} {path}; chmod u+rwx {path}", cause)
+        remedy = remedy_for_directory(path, user, _OF_MULTILOG)
+        report.error("log-directory", what, remedy, cause)
 
 
 def _may_write(found: os.stat_result, account: pwd.struct_passwd) -> bool:

@@ -9,7 +9,7 @@ import shutil
 import stat
 
 from .chain import LISTENER, is_known
-from .rights import obstacle, program_trouble
+from .rights import obstacle, program_trouble, remedy_for_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def _examine_file(option: str, path: str, report: Report) -> None:
     elif not os.access(target, os.W_OK):
         trouble = f"{target} is not writable for uid {os.geteuid()}"
         remedy = f"chown {os.geteuid()} {target}"
+        if target == directory:
+            remedy = remedy_for_directory(directory, os.geteuid(), (os.path.basename(path),))
     else:
         return
     what = f"{LISTENER} does not start: {option}={path}: {trouble}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from typing import Any
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ class Report:
         return WARNED if self.count(WARNING) else FINE
 
     def add(self, text: str) -> None:
-        """Take in another report's JSON; raises ValueError."""
-        other = json.loads(text)
+        """Take in another report's JSON, of a process whose user is not ours; raises ValueError."""
+        other = _printable(json.loads(text))
         self.facts += other["facts"]
         self.problems += [problem for problem in other["problems"] if problem not in self.problems]
         self.notes += other["notes"]
@@ -136,6 +137,17 @@ def _wrap(name: str, text: str) -> Iterable[str]:
 def counted(number: int, noun: str) -> str:
     """So many things; none is `no`."""
     return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def _printable(value: Any) -> Any:
+    """The same for all texts in what JSON can be."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [_printable(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _printable(each) for name, each in value.items()}
+    return value
 
 
 def printable(text: str) -> str:

@@ -59,6 +59,23 @@ def obstacle(path: str) -> str:
         return ""
 
 
+def remedy_for_directory(path: str, who: object, own: tuple[str, ...] = ()) -> str:
+    """How a user gets a directory that may not be there yet.
+
+    `own` are beginnings of the names that its program makes there: a directory with anything else
+    in it, such as /var/log, is others' too, and nobody is told to give it away.
+    """
+    try:
+        is_shared = any(not name.startswith(own) for name in os.listdir(path))
+    except FileNotFoundError:
+        is_shared = False
+    except OSError:
+        is_shared = True
+    if is_shared:
+        return f"name a directory of its own: mkdir DIRECTORY; chown {who} DIRECTORY"
+    return f"mkdir -p {path}; chown {who} {path}; chmod u+rwx {path}"
+
+
 def program_trouble(path: str) -> tuple[str, str]:
     """Why a program can not be started by this process, and the remedy; both empty if it can."""
     if not os.path.exists(path):

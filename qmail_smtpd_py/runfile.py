@@ -343,6 +343,17 @@ class RunFile:
         return str(user.pw_uid if option == "-u" else user.pw_gid)
 
 
+def is_for_shell(script: str) -> bool:
+    """Whether the first line names no interpreter, or a shell."""
+    if not script.startswith("#!"):
+        return True
+    words = script[2:].partition("\n")[0].split()
+    names = [os.path.basename(word) for word in words if not word.startswith("-")]
+    return not names or (names[1:] if names[0] == "env" else names)[:1] in _SHELLS
+
+
+_SHELLS = [[name] for name in ("sh", "ash", "bash", "busybox", "dash", "ksh", "mksh", "zsh")]
+
 _BUILTINS: dict[str, Callable[[RunFile, Sequence[Word]], None]] = {
     "export": RunFile._export,
     "readonly": RunFile._readonly,

@@ -269,7 +269,7 @@ def change(path: str, edit: Callable[[UsersFile], None]) -> None:
     """
     import fcntl
 
-    path = os.path.realpath(path)
+    path = _followed(path)
     try:
         with open(path + ".lock", "ab", opener=_open_private) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -286,7 +286,17 @@ def change(path: str, edit: Callable[[UsersFile], None]) -> None:
 
 def _open_private(path: str, flags: int) -> int:
     # The directory may be a service's, and we root: no link of its choice leads us elsewhere.
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+
+
+def _followed(path: str) -> str:
+    """The path, behind a link if it is one, which may only be ours or root's; raises Trouble."""
+    directory = os.path.dirname(os.path.abspath(path))
+    if os.path.islink(path):
+        found = os.stat(directory)
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+            raise Trouble(f"{path} is a link, and others can write to {directory}")
+    return os.path.realpath(path)
 
 
 def _replace(path: str, data: bytes) -> None:

@@ -286,7 +286,9 @@ def main() -> int:
     """Do what the arguments say; returns the exit status."""
     try:
         action = {"install": install, "uninstall": uninstall}[sys.argv[1]]
-        action(Path(os.path.abspath(sys.argv[2])), os.environ.get("DESTDIR", ""))
+        destdir = os.environ.get("DESTDIR")
+        root = os.path.realpath(destdir).rstrip("/") if destdir else ""
+        action(Path(os.path.abspath(sys.argv[2])), root)
     except (Failure, OSError) as failure:
         print(f"setup/install.py: {failure}", file=sys.stderr)
         return 1

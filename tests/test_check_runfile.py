@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis.strategies import lists, sampled_from
 
 from qmail_smtpd_py import shellwords
-from qmail_smtpd_py.runfile import RunFile
+from qmail_smtpd_py.runfile import RunFile, is_for_shell
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = "exec tcpserver 0 25 qmail-smtpd 2>&1\n"
@@ -24,6 +24,22 @@ def read(script: str, directory: str = "/service/smtp") -> RunFile:
 
 def variables(run: RunFile) -> dict[str, str]:
     return {name: text for name, text in run.environ.items() if name != "PATH"}
+
+
+@pytest.mark.parametrize(
+    ("first", "is_one"),
+    [
+        ("#!/bin/sh", True),
+        ("#!/bin/bash -e", True),
+        ("#! /usr/bin/env dash", True),
+        ("exec tcpserver", True),
+        ("#!/command/execlineb -P", False),
+        ("#!/usr/bin/env python3", False),
+        ("#!/usr/bin/perl", False),
+    ],
+)
+def test_a_script_that_is_none_for_a_shell(first: str, is_one: bool) -> None:
+    assert is_for_shell(f"{first}\nexec x\n") is is_one
 
 
 # Words

@@ -5,6 +5,7 @@ The service's user is a real one without privileges, and what is checked are the
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ import pytest
 from e2e.checking import FAILED, FINE, compile_rules
 from e2e.programs import lack, mail_user, need
 from e2e.service import DOMAIN, NAME, RUN
+
+from qmail_smtpd_py import check
 
 pytest_plugins = ["e2e.fixtures"]
 
@@ -283,6 +286,16 @@ def test_not_exported(checked, line):
     assert problem["remedy"] == f"export {name}"
 
 
+@pytest.mark.parametrize("line", ["SMTPAUTH=0", "DISABLETLS=0", "REQUIRETLS=", "HIDE_HOST=0"])
+def test_not_exported_and_nothing_lost(checked, line):
+    assert checked.find(script=line).codes == []
+
+
+def test_smtps_that_is_to_be_off_is_not_to_be_exported(checked):
+    """It is on, whatever its value."""
+    assert checked.find(script="SMTPS=0").only("not-exported", "error")["remedy"] == "take it out"
+
+
 def test_relayclient_is_not_to_be_exported(checked):
     """That would be an open relay."""
     problem = checked.find(script="RELAYCLIENT=''").only("not-exported", "error")
@@ -384,10 +397,17 @@ def test_log_that_can_not_be_written(checked):
     run.write_text(f"#!/bin/sh\nexec setuidgid {user.pw_name} multilog t s100000 {home}/logged\n")
     run.chmod(0o755)
     problem = checked.find().only("log-directory", "error")
-    assert problem["remedy"] == f"mkdir -p {home}/logged; chown {user.pw_name} {home}/logged"
+    logged = home / "logged"
+    mended = f"mkdir -p {logged}; chown {user.pw_name} {logged}; chmod u+rwx {logged}"
+    assert problem["remedy"] == mended
     (home / "logged").mkdir(0o755)
     problem = checked.find().only("log-directory", "error")
     assert f"{user.pw_name} can not write there" in problem["what"]
+    assert problem["remedy"] == mended
+    (home / "logged" / "current").touch()
+    assert checked.find().problem("log-directory")["remedy"] == mended
+    (home / "logged" / "syslog").touch()
+    assert "of its own" in checked.find().problem("log-directory")["remedy"]
     os.chown(home / "logged", user.pw_uid, -1)
     assert checked.find().codes == []
     run.write_text(run.read_text().replace(user.pw_name, "no.such.user"))
@@ -612,7 +632,9 @@ def test_directory_that_the_listener_can_not_write(checked, option):
     problem = checked.find("--env-from", run).only("run-file", "error")
     uid = mail_user().pw_uid
     assert problem["what"].endswith(f"{directory} is not writable for uid {uid}")
-    assert problem["remedy"] == f"chown {uid} {directory}"
+    assert f"chown {uid} {directory}" in problem["remedy"]
+    (directory / "another's").touch()
+    assert str(directory) not in checked.find("--env-from", run).problem("run-file")["remedy"]
     os.chown(directory, uid, -1)
     assert checked.find("--env-from", run).codes == []
 
@@ -801,6 +823,17 @@ def test_no_rcpthosts(checked):
     assert str(checked.home.path / "control/rcpthosts") in problem["remedy"]
 
 
+@as_root
+def test_no_rcpthosts_is_told_whatever_else_can_not_be_read(checked):
+    (checked.home.path / "control/rcpthosts").unlink()
+    other = checked.home.path / "control/badmailfrom"
+    other.touch(0o600)
+    assert set(checked.find().codes) >= {"no-rcpthosts", "unreadable"}
+    other.unlink()
+    (checked.home.path / "control/rcpthosts").touch(0o600)
+    assert "no-rcpthosts" not in checked.find().codes
+
+
 def test_no_rcpthosts_where_mail_needs_auth(checked, passwords):
     (checked.home.path / "control/rcpthosts").unlink()
     found = checked.find(port=587, exports={"SMTPAUTH": "!"}, check=passwords)
@@ -832,6 +865,11 @@ def test_rules_that_let_everybody_relay(checked):
     cdb = compile_rules(checked.home.path / "tcp.smtp", ':allow,RELAYCLIENT=""\n')
     found = checked.find(options=["-x", cdb])
     assert "the rule for everybody" in found.only("open-relay", "error")["what"]
+
+
+def test_rules_that_let_all_who_have_a_name_relay(checked):
+    cdb = compile_rules(checked.home.path / "tcp.smtp", '=:allow,RELAYCLIENT=""\n:allow\n')
+    assert "the rule =" in checked.find(options=["-x", cdb]).only("open-relay", "error")["what"]
 
 
 def test_rules_that_turn_strangers_away(checked):
@@ -926,7 +964,9 @@ def test_qmailqueue_that_is_not_executable(checked):
 def test_maildir_that_the_user_can_not_write(checked):
     os.chown(checked.home.maildir, 0, 0)
     problem = checked.find().only("maildir", "error")
-    assert "chown -R" in problem["remedy"]
+    assert f"chown {mail_user().pw_uid} {checked.home.maildir}" in problem["remedy"]
+    (checked.home.maildir / "cur").mkdir()
+    assert "name a directory of its own" in checked.find().problem("maildir")["remedy"]
 
 
 @pytest.fixture
@@ -1021,6 +1061,20 @@ def test_memory_limit_of_the_listener(checked, limit, codes):
     text = run.read_text().replace(f" {checked.home.programs}/qmail-smtpd", "")
     run.write_text(text.replace("tcpserver", f"{checked.home.programs}/qmail-smtpd-listen"))
     assert checked.find("--env-from", run).codes == codes
+
+
+def test_no_terminal_is_given_to_the_services_user(monkeypatch):
+    """Who can look into a process of that user could type there what root is to run (TIOCSTI)."""
+    leader = check.Report()
+    monkeypatch.setattr(check, "_examine", lambda *_: leader)
+    monkeypatch.setattr(leader, "as_json", lambda: json.dumps(os.getsid(0) == os.getpid()))
+    assert check._in_child(None, "") == "true"
+
+
+def test_what_the_services_user_says_is_printable():
+    report = check.Report()
+    report.add(json.dumps({"facts": [], "problems": [], "notes": ["\x1b[2J", {"x": ["\x07"]}]}))
+    assert report.notes == ["?[2J", {"x": ["?"]}]
 
 
 def test_a_report_that_nobody_takes(checked):

@@ -327,7 +327,10 @@ def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
 def test_a_package_finds_all_of_itself_where_it_is_unpacked(stage: Stage, tmp_path: Path) -> None:
     """What the start-up image does not have, too, such as TLS and AUTH."""
     root, prefix = tmp_path / "root", tmp_path / "prefix"
-    make("install", prefix, DESTDIR=root)
+    root.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(root)
+    make("install", prefix, DESTDIR=f"{link}/")
     below = Path(f"{root}{prefix}")
     for name in PROGRAMS:
         text = (below / "bin" / name).read_text()

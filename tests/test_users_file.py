@@ -308,6 +308,25 @@ def test_a_symbolic_link_stays_one(home, users):
 # Trouble
 
 
+def test_a_lock_that_is_a_pipe_holds_nobody_up(home, users):
+    os.mkfifo(users.with_name("smtpusers.lock"))
+    assert tool(home, "remove", "bob")[0] == 111
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root: a file of somebody else's")
+def test_a_link_in_a_directory_of_a_service_is_not_followed(home, users):
+    target = home / "elsewhere"
+    users.rename(target)
+    users.symlink_to(target)
+    os.chown(users.parent, 65534, -1)
+    before = target.read_bytes()
+    status, _, errors = tool(home, "remove", "bob")
+    assert status == 111
+    assert b"is a link, and others can write to" in errors
+    assert target.read_bytes() == before
+    assert not target.with_name("elsewhere.lock").exists()
+
+
 @pytest.mark.parametrize("name", ["smtpusers.lock", "smtpusers.new"])
 def test_a_link_that_a_service_has_put_there_leads_nowhere(home, users, name):
     """The directory may be writable for it, and whoever calls us may be root."""
