@@ -7,7 +7,8 @@ parent who raised its own for them would be the highest just then, when memory i
 
 from __future__ import annotations
 
-import os
+from os import O_WRONLY, close, write  # who looks for them in a module writes to more pages
+from os import open as open_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _PR_SET_DUMPABLE = 4  # prctl(2)
 class OomScore:
     """What a worker's oom_score_adj is to be; made by its parent, which keeps its own."""
 
+    __slots__ = ("_of_worker", "_set_dumpable")
+
     def __init__(self) -> None:
         self._of_worker: bytes | None = None
         try:
@@ -32,29 +35,31 @@ class OomScore:
         self._set_dumpable = _set_dumpable()
 
     def raise_own(self) -> None:
-        """Have this process, a worker, be killed before its parent."""
+        """Have this process, a worker, be killed before its parent.
+
+        One function, and what it needs at hand: each other one would be a page more that a worker
+        writes to.
+        """
         if self._of_worker is None:
             return
         try:
-            self._write()
+            descriptor = open_file(_FILE, O_WRONLY)
         except PermissionError:
             # Behind -u our files in /proc are root's, as long as nobody may look into us.
             self._set_dumpable(1)
             try:
-                self._write()
+                descriptor = open_file(_FILE, O_WRONLY)
             except OSError:
-                pass  # no reason to serve nobody
+                return  # no reason to serve nobody
             finally:
                 self._set_dumpable(0)
         except OSError:
-            pass
-
-    def _write(self) -> None:
-        descriptor = os.open(_FILE, os.O_WRONLY)
+            return
         try:
-            os.write(descriptor, self._of_worker or b"")
-        finally:
-            os.close(descriptor)
+            write(descriptor, self._of_worker)
+        except OSError:
+            pass
+        close(descriptor)
 
 
 def _set_dumpable() -> Callable[[int], object]:
