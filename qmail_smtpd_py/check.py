@@ -70,15 +70,14 @@ class Service:
                 path = os.path.join(path, "run") if os.path.isdir(path) else path
                 with open(path, encoding="utf-8", errors="surrogateescape") as file:
                     script = file.read()
-                if not is_for_shell(script):
+                if is_for_shell(script):
+                    self.run = RunFile(script, os.path.dirname(os.path.abspath(path)))
+                    self.chain, variables = self.run.chain, self.run.environ
+                    self._tell_of_run_file(self.run)
+                    if os.path.basename(path) == "run":
+                        check_service.examine(path, self.run, self._report)
+                else:
                     self._report.note(f"{path} is no script for sh: nothing of it was read")
-                    self.environ = {os.fsencode(k): os.fsencode(v) for k, v in variables.items()}
-                    return
-                self.run = RunFile(script, os.path.dirname(os.path.abspath(path)))
-                self.chain, variables = self.run.chain, self.run.environ
-                self._tell_of_run_file(self.run)
-                if os.path.basename(path) == "run":
-                    check_service.examine(path, self.run, self._report)
         except OSError as error:
             raise Misuse(f"cannot read {path}: {error.strerror}") from None
         self.environ = {os.fsencode(k): os.fsencode(v) for k, v in variables.items()}

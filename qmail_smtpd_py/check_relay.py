@@ -23,6 +23,8 @@ _SENDER = re.compile(rb"[^\s*]*@[\w.:\[\]-]*", re.ASCII)
 _HEADER = 2048  # octets before the first record (cdb(5))
 _SHOWN = 6
 
+_RELAY_BY_RULES = "set RELAYCLIENT in the rules, for your own addresses only"
+
 
 def examine(subject: Subject, report: Report) -> None:
     """Say who may relay, and look for a relay that is open."""
@@ -34,9 +36,8 @@ def examine(subject: Subject, report: Report) -> None:
     if relays is not None and subject.is_open and not must_authenticate:
         where = "the rule for everybody" if b"RELAYCLIENT" in (subject.default_rule or {}) else "it"
         what = f"{where} sets RELAYCLIENT: everybody may send to everywhere, an open relay"
-        remedy = "set RELAYCLIENT in the rules, for your own addresses only"
-        report.error("open-relay", what, remedy)
-    if not {"rcpthosts"} & (subject.files.found | subject.files.unreadable):
+        report.error("open-relay", what, _RELAY_BY_RULES)
+    if "rcpthosts" not in subject.files.found and "rcpthosts" not in subject.files.unreadable:
         _tell_of_no_rcpthosts(subject, must_authenticate, report)
 
 
@@ -176,8 +177,7 @@ def _tell_of_relays(relays: list[str], subject: Subject, report: Report) -> None
     )
     if "=" in relays and not subject.server.settings.auth.required:
         what = "the rule = sets RELAYCLIENT: whoever has a name in DNS may send to everywhere"
-        remedy = "set RELAYCLIENT in rules for your own addresses only"
-        report.error("open-relay", what, remedy, "it counts unless the server has -H")
+        report.error("open-relay", what, _RELAY_BY_RULES, "it counts unless the server has -H")
 
 
 def _examine_age(path: str, report: Report) -> None:

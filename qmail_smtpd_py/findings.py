@@ -139,6 +139,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
+def printable(text: str) -> str:
+    """The text without what could do things to a terminal: names of files come from anybody."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def _printable(value: Any) -> Any:
     """The same for all texts in what JSON can be."""
     if isinstance(value, str):
@@ -148,8 +153,3 @@ def _printable(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _printable(each) for name, each in value.items()}
     return value
-
-
-def printable(text: str) -> str:
-    """The text without what could do things to a terminal: names of files come from anybody."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

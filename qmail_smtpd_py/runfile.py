@@ -349,10 +349,12 @@ def is_for_shell(script: str) -> bool:
         return True
     words = script[2:].partition("\n")[0].split()
     names = [os.path.basename(word) for word in words if not word.startswith("-")]
-    return not names or (names[1:] if names[0] == "env" else names)[:1] in _SHELLS
+    if names[:1] == ["env"]:
+        names.pop(0)
+    return not names or names[0] in _SHELLS
 
 
-_SHELLS = [[name] for name in ("sh", "ash", "bash", "busybox", "dash", "ksh", "mksh", "zsh")]
+_SHELLS = ("sh", "ash", "bash", "busybox", "dash", "ksh", "mksh", "zsh")
 
 _BUILTINS: dict[str, Callable[[RunFile, Sequence[Word]], None]] = {
     "export": RunFile._export,

@@ -194,9 +194,17 @@ def test_what_a_worker_says_at_its_end(error: str, told: str) -> None:
     assert re.fullmatch(told.replace("?", r"\?") + "\n", done.stdout)
 
 
-SIGNALLED = """
+EMPLOYER = """
 import os, signal, time
 from qmail_smtpd_py import oomscore, prefork
+class Employer(prefork.Employer):
+    def employ(self, place):
+        return lambda: time.sleep(9)
+    def prepare(self):
+        pass
+"""
+
+SIGNALLED = f"""{EMPLOYER}
 signal.signal(signal.SIGTERM, lambda number, frame: None)
 def fork():
     pid = os.fork()
@@ -204,11 +212,6 @@ def fork():
         os.kill(os.getpid(), signal.SIGTERM)
     return pid
 prefork.fork = fork
-class Employer(prefork.Employer):
-    def employ(self, place):
-        return lambda: time.sleep(9)
-    def prepare(self):
-        pass
 pool = prefork.Pool(1, 1, Employer(), oomscore.OomScore(), os.open("/dev/null", os.O_RDONLY))
 pool.maintain()
 (worker,) = pool.workers
@@ -224,14 +227,7 @@ def test_a_worker_that_is_to_end_before_it_has_begun() -> None:
     assert (done.stdout, done.stderr) == (f"{signal.SIGTERM.value} set()\n", "")
 
 
-ORPHANS = """
-import os, time
-from qmail_smtpd_py import oomscore, prefork
-class Employer(prefork.Employer):
-    def employ(self, place):
-        return lambda: time.sleep(9)
-    def prepare(self):
-        pass
+ORPHANS = f"""{EMPLOYER}
 pool = prefork.Pool(5, 1, Employer(), oomscore.OomScore(), os.open("/dev/null", os.O_RDONLY))
 pool.maintain()
 for _ in range(3):
