@@ -119,6 +119,7 @@ class Listener:
         """See how it is when the last session is over."""
         for _ in _until(_CALM):
             if self.status() == 0:
+                time.sleep(0.2)  # a worker that was just forked has all of its parent's descriptors
                 return self.sample()
         raise TimeoutError("connections in use that no client has")
 
