@@ -108,7 +108,8 @@ class Listener:
 
     def sample(self) -> Sample:
         """See how it is."""
-        workers = [found for found in map(_look_at, self.workers) if found is not None]
+        at_work = filter(_is_at_work, self.workers)
+        workers = [found for found in map(_look_at, at_work) if found is not None]
         parent = _look_at(self.pid)
         if parent is None:
             raise RuntimeError(f"the listener is gone: {self.last_words()}")
@@ -119,7 +120,6 @@ class Listener:
         """See how it is when the last session is over."""
         for _ in _until(_CALM):
             if self.status() == 0:
-                time.sleep(0.2)  # a worker that was just forked has all of its parent's descriptors
                 return self.sample()
         raise TimeoutError("connections in use that no client has")
 
@@ -140,6 +140,18 @@ def _until(seconds: float) -> Iterator[None]:
     while time.monotonic() < end:
         yield
         time.sleep(0.02)
+
+
+def _is_at_work(pid: int) -> bool:
+    """Whether a worker waits for connections, by epoll(7), or has done so: just forked it still has
+    all of its parent's descriptors.
+    """
+    directory = f"/proc/{pid}/fd"
+    try:
+        open_files = [os.readlink(f"{directory}/{number}") for number in os.listdir(directory)]
+    except OSError:
+        return False
+    return "anon_inode:[eventpoll]" in open_files
 
 
 def _look_at(pid: int) -> tuple[float, int] | None:

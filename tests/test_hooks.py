@@ -176,15 +176,16 @@ def test_acme_sh(stage: Stage, hooks: Path, home: Path, tmp_path: Path) -> None:
     assert served(stage) == made.x509.serial_number
 
 
-@pytest.mark.parametrize("what", ["key", "chain", "pair", "home"])
+@pytest.mark.parametrize("what", ["key", "chain", "pair", "names", "home"])
 def test_what_is_wrong_changes_nothing(hooks: Path, home: Path, tmp_path: Path, what: str) -> None:
     old = Certificate(NAME)
     certbot(hooks, home, lineage(tmp_path, old))
-    live = lineage(tmp_path, Certificate(NAME), 2)
+    live = lineage(tmp_path, Certificate(NAME, authority=what == "names"), 2)
     expected = {
         "key": f"no private key without passphrase in {live}/privkey.pem",
         "chain": f"no certificate in {live}/fullchain.pem",
         "pair": f"{live}/fullchain.pem does not begin with the certificate of {live}/privkey.pem",
+        "names": f"the certificate in {live}/fullchain.pem has no names of hosts (subjectAltName)",
         "home": f"there is no {tmp_path}/nowhere/control; QMAIL is the qmail home",
     }
     if what == "key":
