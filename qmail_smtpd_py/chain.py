@@ -9,6 +9,7 @@ user, environment, the port and the rules.  None of them is run.
 from __future__ import annotations
 
 import getopt
+import grp
 import os
 import pwd
 import socket
@@ -17,7 +18,7 @@ from . import options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 SMTPD, LISTENER = "qmail-smtpd", options.NAME
 
@@ -25,13 +26,22 @@ _SHELLS = ("sh", "bash", "dash", "ksh")
 
 SERVERS = {
     "tcpserver": (options.SHORT, ()),
-    "sslserver": ("013aAb:B:c:dDeEfFg:hHiIjJl:mMnNoOpPqQrRsSt:u:UvVw:x:XyYzZ", ()),
+    "sslserver": ("01346aAb:B:c:dDeEfFg:hHiIjJl:mMnNoOpPqQrRsSt:u:UvVw:x:XyYzZ", ()),
     LISTENER: (options.SHORT, options.LONG),
 }
 """Options of the programs that listen; host and port come behind them."""
 
 _WRAPPERS = {
-    "nice": ("n:", 0),
+    "envdir": ("c", 1),
+    "s6-envdir": ("ifIn", 1),
+    "envuidgid": ("", 1),
+    "setuidgid": ("s", 1),
+    "s6-setuidgid": ("", 1),
+    "gosu": ("", 1),
+    "su-exec": ("", 1),
+    "softlimit": ("a:c:d:f:l:m:o:p:r:s:t:", 0),
+    "s6-softlimit": ("Hha:c:d:f:l:m:o:p:r:s:t:", 0),
+    "nice": ("n:0123456789", 0),
     "ionice": ("c:n:t", 0),
     "nohup": ("", 0),
     "setlock": ("nNxX", 1),
@@ -42,7 +52,7 @@ _WRAPPERS = {
     "tcp-env": ("rRt:", 0),
     "rblsmtpd": ("a:bBcCr:t:", 0),
 }
-"""Programs that change nothing of what is checked: their options, and how many words follow."""
+"""Programs that run another: their options, and how many words follow before it."""
 
 _SOFTLIMITS = {
     "a": ("as",),
@@ -66,9 +76,17 @@ PORTS = {"smtp": 25, "submission": 587, "smtps": 465, "submissions": 465, "ssmtp
 DEFAULT_CONCURRENCY = 40
 
 
+class Unknown(str):
+    """A word that is not known, as it is written.  One that is not quoted may be any number of
+    words, and then `is_one` is false.
+    """
+
+    is_one = True
+
+
 def is_known(word: str) -> bool:
-    """Whether a word is what the program gets; one that is not known stands as it is written."""
-    return "$" not in word and "`" not in word
+    """Whether a word, or what was made of one, is what the program gets."""
+    return not isinstance(word, Unknown) and "$" not in word and "`" not in word
 
 
 def number_in(word: str) -> int | None:
@@ -93,7 +111,8 @@ class _KnownOptions(options.Options):
 class Chain:
     """What the programs of a chain say.
 
-    `uid` and `gid` are None where nobody says; `limits` are in octets or a number.  `server` is
+    `uid` and `gid` are None where nobody says; `limits` are in octets or a number, or None where
+    they are not known; so is `concurrency`.  `server` is
     what listens, with its `server_flags`; `wrappers` are programs that change nothing that is kept
     here.  `program` is the qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`,
     the check program's; `program_uid` is whose it is when it starts, None where nobody says, and
@@ -103,20 +122,21 @@ class Chain:
     chain.
 
     `troubles` are what keeps the chain from getting to its end, and remedies; `odd_ids` the words
-    for a server's -u and -g that are no numbers; `has_gap` is whether a program in it may change
-    more than is known.
+    for a server's -u and -g that are no numbers.  `has_gap` is whether a program in it may change
+    more than is known, `may_set_anything` and `has_cleared` what that is of the environment, and
+    `lacks_rules` whether there are rules whose file is not known.
     """
 
     def __init__(self, directory: str, note: Callable[[str], None]) -> None:
         self.directory = directory
         self._note = note
-        self.limits: dict[str, int] = {}
+        self.limits: dict[str, int | None] = {}
         self.uid: int | None = None
         self.gid: int | None = None
         self.server: str | None = None
         self.host = ""
         self.port: int | None = None
-        self.concurrency = DEFAULT_CONCURRENCY
+        self.concurrency: int | None = DEFAULT_CONCURRENCY
         self.rules: str | None = None
         self.is_rules_file_optional = False
         self.local_host: str | None = None
@@ -134,14 +154,13 @@ class Chain:
         self.troubles: list[tuple[str, str]] = []
         self.odd_ids: list[tuple[str, str]] = []
         self.has_gap = False
+        self.has_cleared = False
+        self.may_set_anything = False
+        self.lacks_rules = False
 
-    def change_directory(self, path: str) -> None:
-        """`cd`: what is relative is relative to this."""
-        self.directory = os.path.join(self.directory, path)
-
-    def limit(self, resource: str, number: int) -> None:
-        """setrlimit(2)."""
-        self.limits[resource] = min(number, _NO_LIMIT)
+    def limit(self, resource: str, number: int | None) -> None:
+        """setrlimit(2), where None is a limit that is not known."""
+        self.limits[resource] = None if number is None else min(number, _NO_LIMIT)
 
     def follow(self, words: list[str], environ: dict[str, str]) -> bool:
         """Go along the chain, changing the environment; whether qmail-smtpd was found."""
@@ -173,23 +192,33 @@ class Chain:
             self.script, rest = rest[1], []
         elif name in SERVERS:
             rest = self._serve(name, words, environ)
-        elif name == "softlimit":
-            rest = self._limit(rest)
         elif name == "env":
-            rest = _env(rest, environ)
-        elif name == "envdir":
-            self._take_envdir(os.path.join(self.directory, rest[0] if rest else ""), environ)
-            rest = rest[1:]
-        elif name in ("setuidgid", "envuidgid"):
-            self._become(name, rest[0] if rest else "", environ)
-            rest = rest[1:]
+            rest = self._env(rest, environ)
+        elif name == "chpst":
+            rest = self._chpst(rest, environ)
+        elif name == "argv0":
+            rest = [*rest[:1], *rest[2:]]
         elif name in _WRAPPERS:
-            self.wrappers.add(name)
-            short, positional = _WRAPPERS[name]
-            rest = getopt.getopt(rest, short)[1][positional:]
+            rest = self._wrap(name, rest, environ)
         else:
+            if not is_known(name) or name == "prlimit":
+                self.limit("as", None)
             rest = self._search(words, told=False)
         return rest
+
+    def _wrap(self, name: str, words: list[str], environ: dict[str, str]) -> list[str]:
+        """A program that changes one thing, or nothing, for what it runs."""
+        self.wrappers.add(name)
+        short, positional = _WRAPPERS[name]
+        flags, rest = self._options(name, words, short)
+        argument = rest[0] if rest and positional else ""
+        if name.endswith("softlimit"):
+            self._limit(name, flags)
+        elif name.endswith("envdir"):
+            self._take_envdir(name, argument, environ)
+        elif name.endswith(("setuidgid", "envuidgid", "gosu", "su-exec")):
+            self._become(name, argument, environ)
+        return rest[positional:]
 
     def _search(self, words: list[str], told: bool = True) -> list[str]:
         """The chain from qmail-smtpd on, behind a program that is not known."""
@@ -203,35 +232,106 @@ class Chain:
                 return words[at:]
         return []
 
-    def _limit(self, words: list[str]) -> list[str]:
-        flags, rest = getopt.getopt(words, "a:c:d:f:l:m:o:p:r:s:t:")
-        for flag, value in flags:
-            for resource in _SOFTLIMITS.get(flag[1:], ()):
-                if (number := number_in(value)) is not None:
-                    self.limit(resource, number)
-        return rest
+    def _options(
+        self, name: str, words: list[str], short: str, long: Sequence[str] = ()
+    ) -> tuple[list[tuple[str, str]], list[str]]:
+        """The options of a program, and the words behind them; raises GetoptError.
 
-    def _take_envdir(self, path: str, environ: dict[str, str]) -> None:
+        What is not known there is passed over, and a letter that is not known is taken for an
+        option without a value, as servers have patches.
+        """
+        found: list[tuple[str, str]] = []
+        while True:
+            try:
+                flags, rest = getopt.getopt(words, short, long)
+            except getopt.GetoptError as error:
+                is_patched = name in SERVERS and name != LISTENER
+                if not is_patched or len(error.opt) != 1 or f"{error.opt}:" in short:
+                    raise
+                self._note(f"{name}: {error}")
+                self.has_gap = True
+                short += error.opt
+                continue
+            found += flags
+            if not _may_be_options(rest, name in SERVERS):
+                return found, rest
+            self._note(f"what `{rest[0]}` says to {name} is not counted")
+            self.has_gap = True
+            words = rest[1:]
+
+    def _limit(self, name: str, flags: Sequence[tuple[str, str]]) -> None:
+        for flag, value in flags:
+            number = number_in(value)
+            if number is None and is_known(value) and value != "=":
+                what = f"{name} {flag} {value!a} is no number, so the service does not start"
+                self.troubles.append((what, "write digits only, without a unit"))
+            for resource in _SOFTLIMITS.get(flag[1:], ()):
+                self.limit(resource, number)
+
+    def _take_envdir(self, name: str, path: str, environ: dict[str, str]) -> None:
+        path = os.path.join(self.directory, path)
+        if not is_known(path):
+            self.may_set_anything = self.has_gap = True
+            return
         try:
             read_envdir(path, environ)
         except (OSError, ValueError) as error:  # or it is no name at all
             why = error.strerror if isinstance(error, OSError) else error
-            what = f"envdir can not read {path}: {why}, so the service does not start"
+            what = f"{name} can not read {path}: {why}, so the service does not start"
             self.troubles.append((what, "make that directory, or correct its name"))
-            self.has_gap = True
+            self.may_set_anything = self.has_gap = True
 
     def _become(self, name: str, account: str, environ: dict[str, str]) -> None:
         """setuidgid and envuidgid: the user and its group, or what -U is to become."""
+        is_ours = not name.endswith("envuidgid")
+        account, _, group = account.partition(":")
+        if not is_known(account):
+            self.has_gap = True
+            if not is_ours:
+                environ.update(UID="$UID", GID="$GID")
+            return
         try:
             user = pwd.getpwnam(account)
         except (KeyError, ValueError):  # or it is no name at all
             what = f"{name}: there is no user {account}, so the service does not start"
             self.troubles.append((what, "make the user, or correct the name"))
             return
-        if name == "setuidgid":
-            self.uid, self.gid = user.pw_uid, user.pw_gid
+        if is_ours:
+            self.uid, self.gid = user.pw_uid, _group_id(group) if group else user.pw_gid
         else:
             environ.update(UID=str(user.pw_uid), GID=str(user.pw_gid))
+
+    def _chpst(self, words: list[str], environ: dict[str, str]) -> list[str]:
+        """chpst(8) of runit, which does what several of the others do."""
+        flags, rest = self._options("chpst", words, "u:U:b:e:/:n:l:L:m:d:o:p:f:c:C:r:t:vP012")
+        self._limit("chpst", [found for found in flags if found[0][1] in "mdopf"])
+        for flag, value in flags:
+            if flag == "-e":
+                self._take_envdir("chpst", value, environ)
+            elif flag in ("-u", "-U"):
+                name = "setuidgid" if flag == "-u" else "envuidgid"
+                self._become(name, value.lstrip(":"), environ)
+        return rest
+
+    def _env(self, words: list[str], environ: dict[str, str]) -> list[str]:
+        """env(1): `-`, `-i`, `-u NAME` and NAME=value; the words of what it runs."""
+        flags, rest = self._options("env", words, "iu:", ["ignore-environment", "unset="])
+        if rest[:1] == ["-"]:
+            flags, rest = [*flags, ("-i", "")], rest[1:]
+        for flag, value in flags:
+            if flag in ("-i", "--ignore-environment"):
+                environ.clear()
+                self.has_cleared = True
+            else:
+                environ.pop(value, None)
+        while rest and "=" in rest[0]:
+            word = rest.pop(0)
+            name, _, value = word.partition("=")
+            if is_known(word):
+                environ[name] = value
+            else:
+                self.may_set_anything = self.has_gap = True
+        return rest
 
     def _serve(self, name: str, words: list[str], environ: dict[str, str]) -> list[str]:
         """A program that listens: its options, host and port; the words of what it starts."""
@@ -240,7 +340,7 @@ class Chain:
         starter = self.uid  # before -u counts
         if name == LISTENER:
             self._find_program(words[0], environ)
-        flags, rest = getopt.getopt(words[1:], short, list(long))
+        flags, rest = self._options(name, words[1:], short, long)
         self.server_flags = {flag for flag, _ in flags}
         for flag, value in flags:
             self._take(flag, value, environ)
@@ -300,12 +400,14 @@ class Chain:
         elif flag == "-U":
             self.uid = self._id("-u", environ.get("UID", "$UID"))
             self.gid = self._id("-g", environ.get("GID", "$GID"))
-        elif flag == "-c" and is_known(value):
+        elif flag == "-c":
             self._limit_connections(value)
         elif flag == "-l":
             self.local_host = value
-        elif flag == "-x" and is_known(value):
-            self.rules = os.path.join(self.directory, value)
+        elif flag == "-x":
+            path = os.path.join(self.directory, value)
+            self.rules = path if is_known(path) else None
+            self.lacks_rules = not self.rules
         elif flag == "-X":
             self.is_rules_file_optional = True
         elif flag in ("--helper", "--pid-file", "--log-file"):
@@ -315,6 +417,9 @@ class Chain:
 
     def _limit_connections(self, value: str) -> None:
         """-c of a server; to those that are not ours it is the number that it begins with, or 0."""
+        if not is_known(value) or os.path.isfile(os.path.join(self.directory, value)):
+            self.concurrency = None  # to patched servers it may be the name of a file
+            return
         value = value.strip() if self.server == LISTENER else value
         digits = value[: len(value) - len(value.lstrip("0123456789"))]
         self.concurrency = number_in(digits) or 0
@@ -353,20 +458,25 @@ def _is_shell(words: list[str]) -> bool:
     return words[1].startswith("-") and words[1].endswith("c") and words[1][1:].isalpha()
 
 
-def _env(words: list[str], environ: dict[str, str]) -> list[str]:
-    """env(1): `-`, `-i`, `-u NAME` and NAME=value; the words of what it runs."""
-    flags, rest = getopt.getopt(words, "iu:", ["ignore-environment", "unset="])
-    if rest[:1] == ["-"]:
-        flags, rest = [*flags, ("-i", "")], rest[1:]
-    for flag, value in flags:
-        if flag in ("-i", "--ignore-environment"):
-            environ.clear()
-        else:
-            environ.pop(value, None)
-    while rest and "=" in rest[0]:
-        name, _, value = rest.pop(0).partition("=")
-        environ[name] = value
-    return rest
+def _may_be_options(words: list[str], is_server: bool) -> bool:
+    """Whether what is not known may be options, or nothing, as more options stand behind it, or
+    host and port of a server.
+    """
+    if len(words) < 2 or not isinstance(words[0], Unknown) or words[0].is_one:
+        return False
+    return words[1].startswith("-") or (is_server and len(words) > 2 and _is_port(words[2]))
+
+
+def _is_port(word: str) -> bool:
+    return word.isdecimal() or word in PORTS
+
+
+def _group_id(name: str) -> int | None:
+    """The id of a group, by name or by number; None where there is none."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except (KeyError, ValueError):  # or it is no name at all
+        return number_in(name)
 
 
 def read_envdir(path: str, environ: dict[str, str]) -> None:

@@ -28,14 +28,20 @@ from .findings import Report
 from .log import where
 from .process import environment
 from .rights import group_name, owner, user_name
-from .runfile import RunFile, is_for_shell
+from .runfile import RunFile
+from .shellwords import is_for_shell
 from .subject import SERVICE_VARIABLES, Subject
 
 MISUSED = 100
 
 _SWITCHES = ("DISABLETLS", "DROP_PRE_GREET", "FORCEAUTHMAILFROM", "HIDE_HOST", "REQUIRETLS")
-_AS_IF_UNSET = {("SMTPAUTH", "0"), *((name, value) for name in _SWITCHES for value in ("", "0"))}
-"""Variables with values that mean what it means that they are not set."""
+_MOST_NAMES = 6
+_AS_IF_UNSET = {
+    ("SMTPAUTH", "0"),
+    ("QMAILQUEUE", ""),
+    *((name, value) for name in _SWITCHES for value in ("", "0")),
+}
+"""Variables with values that mean the same as if they were unset."""
 
 
 class Misuse(Exception):
@@ -50,7 +56,7 @@ class Service:
         self.run: RunFile | None = None
         self.chain = Chain(os.getcwd(), report.note)
         self._report = report
-        self.title = "this environment"
+        self.title, self.was_named = "this environment", False
         if arguments.env_from:
             self._read(arguments.env_from)
         if arguments.words:
@@ -59,7 +65,7 @@ class Service:
 
     def _read(self, path: str) -> None:
         """Take the environment from a run file or an envdir; raises Misuse."""
-        self.title = path
+        self.title, self.was_named = path, True
         variables = {"PATH": os.environ.get("PATH", os.defpath)}
         try:
             if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "run")):
@@ -92,22 +98,46 @@ class Service:
         for what, remedy in run.chain.troubles:
             report.error("run-file", what, remedy)
         self._tell_of_unexported(run)
+        self._tell_of_unknown(run)
         if not run.chain.program:
             what = "no qmail-smtpd was found in the run file: its environment may be incomplete"
             report.warning("no-program", what, "see what was not understood; check by hand")
-        elif not run.has_joined_log and not run.chain.logs_by_itself:
+        elif not run.has_joined_log and not run.chain.logs_by_itself and self._has_own_log(run):
             what = "2>&1 is missing: what qmail-smtpd logs does not get into the service's log"
             report.warning("no-log", what, "put 2>&1 at the end of the last command")
 
+    def _has_own_log(self, run: RunFile) -> bool:
+        """Whether what comes from descriptor 1 alone is kept: for others that start run files, such
+        as systemd, that is no matter.
+        """
+        return run.is_piped or os.path.isdir(os.path.join(os.path.dirname(self.title), "log"))
+
+    def _tell_of_unknown(self, run: RunFile) -> None:
+        """Tell what is not known, and would not be missed."""
+        names = [name for name in SERVICE_VARIABLES if run.may_set(name)]
+        if len(names) > _MOST_NAMES:
+            names = ["variables that the run file does not export itself"]
+        names += ["its rules"] if run.chain.lacks_rules else []
+        names += ["its memory limit"] if run.chain.limits.get("as", 0) is None else []
+        if names:
+            what = f"not known of qmail-smtpd without running the run file: {', '.join(names)}"
+            remedy = "see what was not understood; say it in a plainer way, or look yourself"
+            self._report.warning("not-known", what, remedy)
+
     def _tell_of_unexported(self, run: RunFile) -> None:
         """Tell of variables that the run file sets and qmail-smtpd does not get."""
-        for line, name, value, is_used in run.unexported:
+        for name in run.dropped:
+            if name in SERVICE_VARIABLES:
+                what = f"{name} is exported, and qmail-smtpd does not get it: `env -` takes it away"
+                self._report.error("not-exported", what, f"env - {name}=..., or leave env - out")
+        for place, name, value, is_used in run.unexported:
             is_ours = name in SERVICE_VARIABLES
+            is_used = is_used or not place.startswith("line ")  # by others that read that file
             if (is_used and not is_ours) or (name, value) in _AS_IF_UNSET:
                 continue
             tell = self._report.error if is_ours else self._report.warning
             shown = f"{name}={value!r}" if is_ours else name  # of others it may be a secret
-            what = f"line {line} sets {shown} without export: qmail-smtpd does not get it"
+            what = f"{place} sets {shown} without export: qmail-smtpd does not get it"
             remedy = f"export {name}"
             if name == "RELAYCLIENT":  # exported, it would let everybody relay
                 remedy = "take it out, and set it in the rules, for your own addresses only"
@@ -150,10 +180,12 @@ class Service:
                 why = "the run file says" if is_said else "nobody says otherwise"
                 what = f"the service runs as root, as {why}"
                 report.warning("root", what, "-u and -g of tcpserver: qmaild and nofiles")
-        elif uid == 0 and not was_given and not self.run:
+        elif uid == 0 and not was_given:
             what = "looked at as root, who may read everything: the service's user may not"
-            report.warning("no-user", what, "--user NAME, or --env-from RUNFILE")
-        if uid != 0 and self.gid == 0 and self.chain.server:
+            remedy = "--user NAME" if self.was_named else "--user NAME, or --env-from RUNFILE"
+            report.warning("no-user", what, remedy)
+        is_said = bool({"-g", "-U"} & self.chain.server_flags) or self.chain.has_gap
+        if uid != 0 and self.gid == 0 and self.chain.server and not (is_said and self.chain.gid):
             what = "-u without -g: the service has the rights of group root"
             report.warning("root-group", what, "add -g with a group of its own")
 
@@ -186,10 +218,8 @@ class Service:
         return is_told
 
     def examine_start(self, smtpd: str, report: Report) -> None:
-        """What the program needs to start, with the rights that it has then.
-
-        A listener has those of -u later: where nobody else says whose it is, it starts as this
-        process.
+        """Look at what the program needs to start, with the rights of whoever starts it: -u comes
+        later, so that it is this process, unless setuidgid or the like stands before it.
         """
         made = self.run.made_directories if self.run else ()
         check_start.examine(self.chain, smtpd, made, report)
@@ -292,6 +322,8 @@ def _examine(service: Service, smtpd: str) -> Report:
         subject = Subject(service.environ, words, service.chain, smtpd)
         if service.run:
             subject.unexported = {name for _, name, *_ in service.run.unexported}
+            subject.may_have = service.run.may_set
+            subject.is_found = bool(service.chain.program or words)
         subject.apply_rules(report)
         report.fact("home", os.fsdecode(subject.home))
         _tell_of_port(subject, report)
@@ -312,6 +344,8 @@ def _tell_of_port(subject: Subject, report: Report) -> None:
         report.fact("port", f"{host}{port}{by}", port=port)
     elif chain.helper:
         report.fact("helper", f"does TLS for other services, at {chain.helper}")
+    if chain.has_gap or subject.may_have("SMTPS"):
+        return
     if port == 465 and not is_smtps and chain.server != "sslserver":
         what = "port 465 without SMTPS: clients begin with TLS there, and wait for it for ever"
         report.warning("no-smtps", what, "export SMTPS=1 in the run file")

@@ -7,6 +7,7 @@ import re
 import shutil
 
 from . import users_file
+from .chain import is_known
 from .rights import has_setuid, obstacle, owner, program_trouble, user_name
 from .settings import auth_policy
 
@@ -32,6 +33,10 @@ _NEEDS_SETUID = {
     "true-checkpassword": "/etc/shadow",
 }
 """Check programs that must read what the user of qmail-smtpd may not."""
+
+
+_OF_EVERYBODY = ("true", "false")
+"""Programs that are put in the place of a check program where users are not to authenticate."""
 
 
 def examine_variables(variables: Mapping[bytes, bytes], where: str, report: Report) -> None:
@@ -83,13 +88,16 @@ def examine(subject: Subject, report: Report) -> None:
     )
     if settings.can_authenticate:
         _examine_program(subject, report)
-    else:
+    elif subject.is_found:
         what = "AUTH is on offer, and there is no check program: every user is refused"
         remedy = "name one behind qmail-smtpd: qmail-smtpd /home/vpopmail/bin/vchkpw /bin/true"
         report.error("no-check-program", what, remedy)
 
 
 def _tell_that_it_is_off(subject: Subject, report: Report) -> None:
+    if subject.may_have("SMTPAUTH"):
+        report.fact("AUTH", "not known")
+        return
     value = subject.environ.get(b"SMTPAUTH")
     why = "SMTPAUTH is unset" if value is None else f"SMTPAUTH={os.fsdecode(value)}"
     report.fact("AUTH", f"none ({why})", mechanisms=[], needs_tls=True, required=False)
@@ -101,13 +109,18 @@ def _tell_that_it_is_off(subject: Subject, report: Report) -> None:
         report.warning("no-auth", what, remedy)
     elif subject.arguments and value is None:
         what = "a check program is named, and never asked: SMTPAUTH is unset"
-        report.warning("no-auth", what, "export SMTPAUTH='', or take the check program off")
+        remedy = "take the check program off"
+        if os.path.basename(os.fsdecode(subject.arguments[0])) not in _OF_EVERYBODY:
+            remedy = f"export SMTPAUTH='', or {remedy}"
+        report.warning("no-auth", what, remedy)
 
 
 def _examine_program(subject: Subject, report: Report) -> None:
     """See that the check program can be started, and can do what it has to."""
     words = [os.fsdecode(word) for word in subject.arguments]
     report.fact("check program", " ".join(words))
+    if not all(map(is_known, words[:2])):
+        return
     path = _find(words[0], subject)
     if path is None or program_trouble(path)[0]:
         _tell_of_trouble(words, path, report)

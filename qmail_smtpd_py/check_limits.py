@@ -50,9 +50,8 @@ def examine(subject: Subject, trial: Trial, report: Report) -> None:
         what = f"databytes is {settings.databytes}: hardly any message is that small"
         report.warning("databytes", what, "it is in octets: 10000000 are 10 MB; 0 is no limit")
     if subject.chain.server:
-        report.fact(
-            "concurrency", str(subject.chain.concurrency), sessions=subject.chain.concurrency
-        )
+        sessions = subject.chain.concurrency
+        report.fact("concurrency", str(sessions or "not known"), sessions=sessions)
     _examine_memory(subject, trial, report)
     _examine_table(subject, report)
     _examine_trace(subject, report)
@@ -108,7 +107,9 @@ def _examine_memory(subject: Subject, trial: Trial, report: Report) -> None:
         need = max(need, LISTENER_NEEDS * 1_000_000)
     what_for = "with TLS" if with_tls else "without TLS"
     text = f"{need / 1e6:g} MB are needed {what_for}; the limit is "
-    text += "none" if limit is None else f"{limit / 1e6:g} MB"
+    is_known = subject.chain.limits.get("as", 0) is not None
+    none = "none" if is_known else "not known"
+    text += none if limit is None else f"{limit / 1e6:g} MB"
     report.fact("memory", text, limit=limit, needed=need)
     if limit is None or limit >= need:
         return

@@ -28,6 +28,9 @@ def program_of(subject: Subject) -> str:
 
 def examine(subject: Subject, report: Report) -> None:
     """See that the program can be started, and may do what it has to."""
+    if subject.may_have("QMAILQUEUE"):
+        report.fact("queue", "not known")
+        return
     path = program_of(subject)
     chosen = b"QMAILQUEUE" in subject.environ and bool(subject.environ[b"QMAILQUEUE"])
     report.fact("queue", path + (" (QMAILQUEUE)" if chosen else ""), program=path)

@@ -32,6 +32,9 @@ def examine(path: str, run: RunFile, report: Report) -> None:
         report.warning(
             "no-exec", what, "put exec in front of it", "svc -t would end the shell only"
         )
+    if run.ends_at_once:
+        what = "the last command ends with &: the run file ends, and supervise starts it again"
+        report.error("no-exec", what, "exec without &", "each second one that finds the port taken")
     if os.path.exists(f"{directory}/down"):
         what = f"{directory}/down is there: supervise does not start the service by itself"
         report.warning("down", what, f"rm {directory}/down")

@@ -41,15 +41,23 @@ def _examine_other(name: str, directory: str, search: str | None, report: Report
     """See that a program before ours is there; where nobody knows PATH, its name says nothing."""
     if not is_known(name) or ("/" not in name and search is None):
         return
+    if "/" in name and not is_known(os.path.join(directory, name)):
+        return
     if "/" in name:
         trouble, remedy = program_trouble(os.path.join(directory, name))
-    elif shutil.which(name, path=f"{search}:{_OF_SVSCAN}"):
+    elif shutil.which(name, path=_with_svscan(search or "")):
         return
     else:
         trouble = f"there is none in {search}"
         remedy = "install it, or name it with its whole path"
     if trouble:
         report.error("run-file", f"the run file starts {name}, and {trouble}", remedy)
+
+
+def _with_svscan(search: str) -> str:
+    """PATH as it would be under svscanboot(8), where the run file leaves ours in it."""
+    own = os.environ.get("PATH", os.defpath)
+    return f"{search}:{_OF_SVSCAN}" if own in search else search
 
 
 def _examine_program(chain: Chain, started: str, smtpd: str, report: Report) -> None:
@@ -59,7 +67,7 @@ def _examine_program(chain: Chain, started: str, smtpd: str, report: Report) -> 
         path = os.path.join(chain.directory, started)
         trouble, remedy = program_trouble(path)
     else:
-        path = shutil.which(started, path=f"{chain.program_search}:{_OF_SVSCAN}") or ""
+        path = shutil.which(started, path=_with_svscan(chain.program_search)) or ""
         trouble = "" if path else f"there is none in {chain.program_search}"
         remedy = "name it with its whole path"
     there = os.path.realpath(path)

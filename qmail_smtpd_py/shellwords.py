@@ -6,25 +6,45 @@ is kept as a part of its word, for the reader to replace where it knows by what.
 
 from __future__ import annotations
 
+import os
+import re
 from typing import NamedTuple
 
-TEXT, VARIABLE, COMMAND, UNKNOWN = "text", "variable", "command", "unknown"
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TEXT, VARIABLE, COMMAND, HOME, UNKNOWN = "text", "variable", "command", "home", "unknown"
+
+OPENING = ("if", "while", "until", "for", "case", "{", "(")
+CLOSING = ("fi", "done", "esac", "}", ")")
+"""The words that begin and end what is one command to sh, of several."""
+
+_RESERVED = ("if", "then", "elif", "else", "while", "until", "do", "{")
+"""Words that a command can stand behind, without an operator; here they are commands themselves."""
+
+_SHELLS = ("sh", "ash", "bash", "busybox", "dash", "ksh", "mksh", "zsh")
+
+_NO_SCRIPT = re.compile(r"\[\w+\]$|service\s+\w+\s*\{?$|\S+\s+stream\s+tcp")
 
 _BLANKS = " \t\r"
-_OPERATORS = ("&&", "||", ";;", "|&", ";", "|", "&", "(", ")", "\n")
+_OPERATORS = ("&&", "||", ";;", "|&", ";", "|", "&", "()", "(", ")", "\n")
 _NAME = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789"
+_OF_VARIABLES = (":-", "-", ":=", "=", ":+", "+")
 
 
 class Part(NamedTuple):
     """A piece of a word: its kind, its text, and whether it stood in quotation marks.
 
-    Of a variable the text is its name, and `default` what stands for it where it is empty.
+    Of a variable the text is its name, with the operator and what is behind it in `${NAME:-x}`; of
+    a home directory it is the user, who may be nobody (`~`).
     """
 
     kind: str
     text: str
     quoted: bool
-    default: str | None = None
+    operator: str = ""
+    argument: str = ""
 
 
 class Word(NamedTuple):
@@ -40,13 +60,32 @@ class Word(NamedTuple):
             return None
         return "".join(part.text for part in self.parts)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is written as it is meant, so that it can be one of the shell's own words."""
+        return self.literal == self.source
+
+
+class Redirection(NamedTuple):
+    """A redirection: its operator, with the descriptor if that is named, and its word."""
+
+    operator: str
+    target: Word
+
+    def __str__(self) -> str:
+        return self.operator + self.target.source
+
 
 class Command(NamedTuple):
-    """A simple command: its words, its redirections as written, the operators around it."""
+    """A simple command: its words, its redirections, the operators around it.
+
+    The shell's reserved words, and `(` and `)`, are commands of one word; the name of a function
+    that is defined is one with `()` behind it.
+    """
 
     line: int
     words: list[Word]
-    redirections: list[str]
+    redirections: list[Redirection]
     before: str
     after: str
 
@@ -55,33 +94,126 @@ class ScriptError(Exception):
     """The script ends inside of something."""
 
 
+def is_for_shell(script: str) -> bool:
+    """Whether the first line names no interpreter, or a shell; units of systemd and lines for inetd
+    or xinetd name none, either.
+    """
+    if not script.startswith("#!"):
+        lines = [line for line in map(str.strip, script.splitlines()) if line[:1] not in ("", "#")]
+        return not lines or not _NO_SCRIPT.match(lines[0])
+    words = script[2:].partition("\n")[0].split()
+    names = [os.path.basename(word) for word in words if not word.startswith("-")]
+    if names[:1] in (["env"], ["with-contenv"]):
+        names.pop(0)
+    return not names or names[0] in _SHELLS
+
+
 def parse(script: str) -> list[Command]:
     """The commands of a script, in their order; raises ScriptError."""
     return _Parser(script).commands()
+
+
+def inside_quotes(text: str) -> Word:
+    """A text as it is in double quotation marks, those in it left out; raises ScriptError."""
+    return _Parser('"' + text.replace('"', "") + '"').word()
+
+
+def first_word(command: Command) -> str | None:
+    """The first word of a command, if it has one, and that is a plain one."""
+    return command.words[0].literal if command.words else None
+
+
+def written(command: Command) -> str:
+    """A command as it is written, without its redirections."""
+    return " ".join(word.source for word in command.words)
+
+
+def end_of_block(commands: Sequence[Command], start: int) -> int:
+    """Behind the last command of what begins with `if`, `while`, `{` and the like."""
+    depth = 0
+    for at in range(start, len(commands)):
+        first = first_word(commands[at])
+        depth += (first in OPENING) - (first in CLOSING)
+        if depth <= 0:
+            return at + 1
+    return len(commands)
+
+
+def clauses(block: Sequence[Command]) -> list[tuple[str, Sequence[Command]]]:
+    """What stands behind `if`, `then`, `elif` and `else` of one `if`."""
+    found: list[tuple[str, Sequence[Command]]] = []
+    depth, start, keyword = 0, 1, "if"
+    for at, command in enumerate(block):
+        first = first_word(command)
+        depth += (first in OPENING) - (first in CLOSING)
+        if (depth == 1 and first in ("then", "elif", "else")) or not depth or at + 1 == len(block):
+            found.append((keyword, block[start:at]))
+            start, keyword = at + 1, first or ""
+    return found
+
+
+def assignment(word: Word) -> tuple[str, Word] | None:
+    """The name and the value of NAME=value, or None."""
+    name, equals, _ = word.source.partition("=")
+    if not equals or not name.isidentifier() or not name.isascii():
+        return None
+    parts, left = [], len(name) + 1
+    for part in word.parts:
+        if left and part.kind == TEXT and not part.quoted:
+            left -= 1
+        else:
+            parts.append(part)
+    return name, Word(parts, word.source.partition("=")[2])
 
 
 class _Parser:
     def __init__(self, script: str) -> None:
         self._text = script
         self._at = 0
+        self._commands: list[Command] = []
+        self._before = ""
+        self._depth = 0
+        self._documents: list[tuple[str, bool]] = []
 
     def commands(self) -> list[Command]:
-        commands: list[Command] = []
-        before = ""
         while self._at < len(self._text):
-            line, words, redirections = self._skip_blanks(), [], []
-            while (operator := self._operator()) is None:
-                redirection = self._redirection()
-                if redirection is None:
-                    words.append(self._word())
-                elif redirection:
-                    redirections.append(redirection)
-                self._skip_blanks()
-            if words or redirections:
-                commands.append(Command(line, words, redirections, before, operator))
-            if words or redirections or operator != "\n":
-                before = operator
-        return commands
+            self._take_command()
+        return self._commands
+
+    def _take_command(self) -> None:
+        """Take what stands before the next operator, and that."""
+        line = self._skip_blanks()
+        words: list[Word] = []
+        redirections: list[Redirection] = []
+        while True:
+            operator = self._operator()
+            if operator == ")" and self._depth:
+                self._add(line, words, redirections, operator)
+                self._depth -= 1
+                words, redirections = [Word([Part(TEXT, ")", False)], ")")], []
+            elif operator == "(" and not words:
+                self._depth += 1
+                self._add(line, [Word([Part(TEXT, "(", False)], "(")], [], "")
+            elif operator is not None:
+                self._add(line, words, redirections, operator)
+                return
+            elif (redirection := self._redirection()) is not None:
+                redirections.append(redirection)
+            else:
+                words.append(self.word())
+            self._skip_blanks()
+
+    def _add(
+        self, line: int, words: list[Word], redirections: list[Redirection], operator: str
+    ) -> None:
+        """Add a command, apart from the reserved words before it."""
+        while len(words) > 1 and words[0].is_plain and words[0].source in _RESERVED:
+            self._commands.append(Command(line, words[:1], [], self._before, ""))
+            words, self._before = words[1:], ""
+        if words or redirections:
+            self._commands.append(Command(line, words, redirections, self._before, operator))
+        if words or redirections or operator != "\n":
+            self._before = operator
 
     def _skip_blanks(self) -> int:
         """Go on to the next word, over blanks, comments and continued lines; the line number."""
@@ -103,34 +235,69 @@ class _Parser:
         if self._at >= len(self._text):
             return "\n"
         for operator in _OPERATORS:
+            if self._text.startswith("&>", self._at):
+                break
             if self._text.startswith(operator, self._at):
                 self._at += len(operator)
+                if operator == "\n":
+                    self._skip_documents()
                 return operator
         return None
 
-    def _redirection(self) -> str | None:
+    def _skip_documents(self) -> None:
+        """Go on behind the here-documents that begin with this line."""
+        for delimiter, has_tabs in self._documents:
+            while self._at < len(self._text):
+                line, _, _ = self._text[self._at :].partition("\n")
+                self._at += len(line) + 1
+                if (line.lstrip("\t") if has_tabs else line) == delimiter:
+                    break
+        self._documents.clear()
+
+    def _redirection(self) -> Redirection | None:
         """Take a redirection, such as `2>&1`; None where there is none."""
         start = self._at
         end = start
         while end < len(self._text) and self._text[end].isdigit():
             end += 1
+        if self._text.startswith("&>", end):
+            end += 1
         if end >= len(self._text) or self._text[end] not in "<>":
             return None
-        if self._text.startswith("<<", end):
-            raise ScriptError("a here-document")
         while end < len(self._text) and self._text[end] in "<>&|":
             end += 1
+        has_tabs = self._text.startswith("<<-", end - 2)
+        self._at = end + has_tabs
         operator = self._text[start:end]
-        self._at = end
         self._skip_blanks()
-        return operator + self._word().source
+        target = self.word()
+        if operator.endswith("<<") and not operator.endswith("<<<"):
+            self._documents.append(("".join(part.text for part in target.parts), has_tabs))
+        return Redirection(operator, target)
 
-    def _word(self) -> Word:
+    def word(self) -> Word:
         """Take a word."""
         start, parts = self._at, []
         while self._at < len(self._text) and self._text[self._at] not in " \t\r\n;&|()<>":
+            before = self._text[start : self._at]
+            is_value = before.endswith("=") and before[:-1].isidentifier()
+            if self._text[self._at] == "~" and (is_value or not before):
+                parts.append(self._tilde())
+                continue
             parts += self._piece()
+            if self._text.startswith("=(", self._at - 1) and before.isidentifier():
+                self._at = _end_of(self._text, self._at + 1, "()")
+                parts.append(Part(UNKNOWN, "", False))
         return Word(parts, self._text[start : self._at].replace("\\\n", ""))
+
+    def _tilde(self) -> Part:
+        """Take `~` or `~USER`."""
+        end = self._at + 1
+        while end < len(self._text) and (self._text[end] in _NAME or self._text[end] in ".-"):
+            end += 1
+        user = self._text[self._at + 1 : end]
+        self._at = end
+        return Part(HOME, user, False)
 
     def _piece(self) -> list[Part]:
         """Take what is quoted in one way, or one substitution."""
@@ -186,12 +353,13 @@ class _Parser:
         following = text[self._at + 1 : self._at + 2]
         if following == "(":
             start = self._at + 2
-            self._at = _end_of_parentheses(text, start)
+            self._at = _end_of(text, start, "()")
             inside = text[start : self._at - 1]
             return Part(UNKNOWN if inside.startswith("(") else COMMAND, inside, quoted)
         if following == "{":
-            self._at += 1
-            return _braced(self._until("}"), quoted)
+            start = self._at + 2
+            self._at = _end_of(text, start, "{}")
+            return _braced(text[start : self._at - 1], quoted)
         end = self._at + 1
         while end < len(text) and text[end] in _NAME:
             end += 1
@@ -207,28 +375,35 @@ class _Parser:
 
 
 def _braced(inside: str, quoted: bool) -> Part:
-    """`${NAME}`, or with a default behind `:-` or `-`; all else is not known."""
+    """`${NAME}`, or with an operator that tells what stands for it; all else is not known."""
     end = next((at for at, letter in enumerate(inside) if letter not in _NAME), len(inside))
     name, rest = inside[:end], inside[end:]
-    if name and not name[0].isdigit() and "$" not in rest and "`" not in rest:
+    if name and not name[0].isdigit():
         if not rest:
             return Part(VARIABLE, name, quoted)
-        if rest.startswith((":-", "-")):
-            return Part(VARIABLE, name, quoted, rest.partition("-")[2].strip("\"'"))
+        for operator in _OF_VARIABLES:
+            if rest.startswith(operator):
+                return Part(VARIABLE, name, quoted, operator, rest[len(operator) :])
     return Part(UNKNOWN, f"${{{inside}}}", quoted)
 
 
-def _end_of_parentheses(text: str, start: int) -> int:
-    """Behind the parenthesis that ends `$(`; raises ScriptError."""
-    depth, mark = 1, ""
+def _end_of(text: str, start: int, pair: str) -> int:
+    """Behind the parenthesis, or brace, that ends what is inside from `start` on; raises
+    ScriptError.
+    """
+    depth, mark, is_escaped = 1, "", False
     for at in range(start, len(text)):
         letter = text[at]
-        if mark:
+        if is_escaped:
+            is_escaped = False
+        elif letter == "\\" and mark != "'":
+            is_escaped = True
+        elif mark:
             mark = "" if letter == mark else mark
         elif letter in "'\"":
             mark = letter
-        elif letter in "()":
-            depth += 1 if letter == "(" else -1
+        elif letter in pair:
+            depth += 1 if letter == pair[0] else -1
             if not depth:
                 return at + 1
-    raise ScriptError("a $( without its end")
+    raise ScriptError(f"a {pair[0]} without its end")

@@ -95,7 +95,9 @@ class Subject:
     """The service: its environment and arguments, where it listens, and its limits.
 
     `default_rule` is what the rules set for a client that no other rule is for, None where it is
-    turned away.  `unexported` are variables that the run file sets and does not export.
+    turned away.  `unexported` are variables that the run file sets and does not export, and
+    `may_have` says of one whether it may be set in a way that is not known; `is_found` is whether
+    qmail-smtpd was found there, with its arguments.
     """
 
     def __init__(
@@ -107,6 +109,8 @@ class Subject:
         self.smtpd = smtpd
         self.default_rule: dict[bytes, bytes] | None = {}
         self.unexported: set[str] = set()
+        self.is_found = True
+        self.may_have: Callable[[str], bool] = lambda name: False
         self.server: Server
         self.files: WatchedFiles
 
@@ -201,6 +205,6 @@ class Subject:
             self.smtpd,
             environ,
             self.arguments,
-            self.chain.limits,
+            {name: number for name, number in self.chain.limits.items() if number is not None},
             **options,  # type: ignore[arg-type]
         )

@@ -1,0 +1,335 @@
+"""Scripts as administrators write them: what is followed, what is not known, and that nothing is
+claimed of that.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+
+from qmail_smtpd_py.runfile import RunFile
+
+ROOT = pwd.getpwnam("root")
+LAST = "exec tcpserver 0 25 qmail-smtpd 2>&1"
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory for scripts, with some files in it."""
+    for name, text in {
+        "me": "mail.example.org\nsecond\n",
+        "limit": "7\n",
+        "empty": "",
+        "settings": "B='from a file'\nOPTS='-v -x rules.cdb'\n",
+        "broken": "echo 'there",
+    }.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "A").write_text("of envdir\n")
+    monkeypatch.setenv("HOME", "/nowhere")
+
+
+def read(script: str, directory: Path) -> RunFile:
+    return RunFile(f"#!/bin/sh\n{script}\n", str(directory))
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("script", "value"),
+    [
+        # What stands for a variable
+        ("A=${B:=x}; export A", "x"),
+        ("B=y; export A=${B:=x}", "y"),
+        (': "${A:=x}"; export A', "x"),
+        ("B=; export A=${B-x}", ""),
+        ("B=y; export A=${B:+x}", "x"),
+        ("B=; export A=${B:+x}z", "z"),
+        ('C=y; export A="${B:-a $C b}"', "a y b"),
+        ("export A=~root", ROOT.pw_dir),
+        ("A=~root/bin; export A", f"{ROOT.pw_dir}/bin"),
+        ("export A='~root'", "~root"),
+        ("export A=a~root", "a~root"),
+        # How it comes to be exported
+        ("export A; A=x", "x"),
+        ("declare -x A=x", "x"),
+        ("typeset -x A=x", "x"),
+        ("set -ea; A=x", "x"),
+        ("set -e -a; A=x; set +a", "x"),
+        ("for v in A; do A=x; export $v; done", "x"),
+        ("for v in 1 2; do export A=$v; done", "2"),
+        # What commands would print
+        ("export A=$(cat limit)", "7"),
+        ("cd env; export A=$(cat ../limit)", "7"),
+        ("export A=$(cat nothing 2>/dev/null || echo 9)", "9"),
+        ("export A=$(cat limit 2>/dev/null || echo 9)", "7"),
+        ("export A=$(cat me | head -1)", "mail.example.org"),
+        ("export A=$(head -n 1 < me)", "mail.example.org"),
+        ("export A=$(getent passwd root | cut -d: -f6)", ROOT.pw_dir),
+        ("export A=$(getent group root | cut -d : -f 3)", "0"),
+        ("export A=$(id root -u)", "0"),
+        ("export A=$(uname -n)", os.uname().nodename),
+        ("export A=$(command -v no-such-program || echo none)", "none"),
+        ("export A=$(basename $(dirname /a/b/c))", "b"),
+        ('cd "$(dirname "$0")"; export A=$(cat limit)', "7"),
+        ("cd ${0%/*}; export A=$(cat limit)", "7"),
+        ("read A < limit; export A", "7"),
+        # Branches
+        ("if [ -f limit ]; then export A=x; else export A=y; fi", "x"),
+        ("if [ ! -f limit ]; then export A=x; else export A=y; fi", "y"),
+        ("if ! [ -s empty ]; then export A=x; fi", "x"),
+        ("if [ -f none ]; then A=x; elif test -d env; then A=y; else A=z; fi; export A", "y"),
+        ("if [ -f none ] || [ ! -d env ]; then export A=x; else export A=y; fi", "y"),
+        ("if [ -f limit -a -d env ]; then export A=x; fi", "x"),
+        ("B=1; if [ $B -ge 1 ] && [ $B != 2 ]; then export A=x; fi", "x"),
+        ("[ -f limit ] && export A=x", "x"),
+        ("[ -f none ] || export A=x", "x"),
+        ("export A=x; [ -f none ] && export A=y", "x"),
+        ("[ -d env ] && { A=x; export A; }", "x"),
+        ("if [ -d env ]; then if [ -f none ]; then export A=x; else export A=y; fi; fi", "y"),
+        ("true && export A=x || export A=y", "x"),
+        ("false && export A=x || export A=y", "y"),
+        # What is read, and called
+        (". ./settings; export A=$B", "from a file"),
+        ("[ -r settings ] && . ./settings; export A=$B", "from a file"),
+        ("f() { export A=x; }\nf", "x"),
+        ("f() {\n  export A=x\n}\nexport A=y", "y"),
+        ("eval 'export A=x'", "x"),
+        ("cat > /dev/null <<EOF\n'not \" this $(\nEOF\nexport A=x", "x"),
+        ("cat <<-'END' >/dev/null\n\tnot this\n\tEND\nexport A=x", "x"),
+    ],
+)
+def test_values_that_are_known(script: str, value: str, tmp_path: Path) -> None:
+    run = read(f"{script}\n{LAST}", tmp_path)
+    assert run.environ.get("A") == value
+    assert run.notes == []
+    assert [name for _, name, *_ in run.unexported if name == "A"] == []
+    assert not run.may_set("A")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "export A=$(date)",
+        "if pick; then export A=x; fi",
+        "A=x; if pick; then export A; fi",
+        "grep -q y limit && export A=x",
+        "case $1 in x) export A=x ;; esac",
+        "for v in $(pick); do export A=$v; done",
+        "for v in $(pick); do export $v; done; A=x",
+        "while pick; do export A=x; done",
+        "A=x\npick && A=$(other) && export A",
+        ". ./nothing",
+        ". ./broken",
+        "A=x\n. ./nothing",
+        'eval "$(pick)"',
+        'read A < "$1"; export A',
+        "[ $1 ] && export A=x",
+    ],
+)
+def test_values_that_are_not_known(script: str, tmp_path: Path) -> None:
+    """It is neither claimed that it is set, nor that it is not, nor that it is not exported."""
+    run = read(f"{script}\n{LAST}", tmp_path)
+    assert "A" not in run.environ
+    assert run.may_set("A")
+    assert [name for _, name, *_ in run.unexported if name == "A"] == []
+    assert run.notes
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ". ./nothing\nunset A",
+        "if pick; then export A=x; fi\nunset A",
+        "( export A=x )",
+        "export A=x | cat",
+        "export A=x &",
+        "export A=x; export -n A",
+        "[ -f none ] && export A=x",
+        "f() { export A=x; }",
+    ],
+)
+def test_what_is_surely_unset(script: str, tmp_path: Path) -> None:
+    run = read(f"{script}\n{LAST}", tmp_path)
+    assert "A" not in run.environ
+    assert not run.may_set("A")
+
+
+def test_set_plus_a_ends_set_minus_a(tmp_path: Path) -> None:
+    run = read(f"set -a\nB=1\nset +a\nA=x\nset -o allexport\nC=2\n{LAST}", tmp_path)
+    assert {name: run.environ.get(name) for name in "ABC"} == {"A": None, "B": "1", "C": "2"}
+    assert run.unexported == [("line 5", "A", "x", False)]
+
+
+def test_what_env_takes_away(tmp_path: Path) -> None:
+    run = read(f"export A=x B=y\n. ./nothing\nexec env - B=z {LAST[5:]}", tmp_path)
+    assert (run.environ, run.dropped, run.may_set("C")) == ({"B": "z"}, ["PATH", "A"], False)
+
+
+def test_where_another_file_sets_something(tmp_path: Path) -> None:
+    run = read(f". ./settings\n{LAST}", tmp_path)
+    assert ("./settings, line 1", "B", "from a file", False) in run.unexported
+
+
+# Programs
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "softlimit -m 9 tcpserver",
+        "s6-softlimit -m 9 tcpserver",
+        "chpst -m 9 tcpserver",
+        "nice -5 softlimit -a 9 tcpserver",
+        "envdir -c env softlimit -m 9 tcpserver",
+        "argv0 softlimit other -m 9 tcpserver",
+        "softlimit $NOTHING -m 9 tcpserver",
+    ],
+)
+def test_limits(chain: str, tmp_path: Path) -> None:
+    assert read(f"exec {chain} 0 25 qmail-smtpd", tmp_path).chain.limits["as"] == 9
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "exec softlimit -m $(pick) tcpserver 0 25 qmail-smtpd",
+        "exec softlimit $OPTS tcpserver 0 25 qmail-smtpd",
+        "exec prlimit --as=9 tcpserver 0 25 qmail-smtpd",
+        f"ulimit -v $((3 * 4))\n{LAST}",
+        f"ulimit -v 9\nif pick; then ulimit -Sv 7; fi\n{LAST}",
+    ],
+)
+def test_limits_that_are_not_known(script: str, tmp_path: Path) -> None:
+    assert read(script, tmp_path).chain.limits["as"] is None
+
+
+@pytest.mark.parametrize("options", ["-v 9", "-Sv 9", "-S -v 9", "-v -S 9"])
+def test_ulimit(options: str, tmp_path: Path) -> None:
+    assert read(f"ulimit {options}\n{LAST}", tmp_path).chain.limits == {"as": 9 * 1024}
+
+
+@pytest.mark.parametrize("options", ["-v", "-v unlimited", "-n 9"])
+def test_ulimit_that_limits_no_memory(options: str, tmp_path: Path) -> None:
+    assert "as" not in read(f"ulimit {options}\n{LAST}", tmp_path).chain.limits
+
+
+@pytest.mark.parametrize("chain", ["softlimit -m 64M", "chpst -m 64M", "softlimit -o many"])
+def test_limits_that_are_no_numbers(chain: str, tmp_path: Path) -> None:
+    ((what, _),) = read(f"exec {chain} {LAST[5:]}", tmp_path).chain.troubles
+    assert what.endswith("is no number, so the service does not start")
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "chpst -u root:daemon tcpserver",
+        "gosu root:daemon tcpserver",
+        "setuidgid -s root tcpserver -g 1",
+        "s6-setuidgid root tcpserver -g 1",
+        "chpst -U root:x tcpserver -U -g 1",
+        "tcpserver -4 -u 0 -g 1",
+        "sslserver -4 -6 -u 0 -g 1",
+        "tcpserver $OPTS -u 0 -g 1",
+        "tcpserver -v ${OPTS} -u 0 -g 1",
+    ],
+)
+def test_users(chain: str, tmp_path: Path) -> None:
+    chain_read = read(f"exec {chain} 0 25 qmail-smtpd", tmp_path).chain
+    assert (chain_read.uid, chain_read.gid, chain_read.port) == (0, 1, 25)
+    assert chain_read.troubles == []
+
+
+@pytest.mark.parametrize(
+    ("words", "host", "port"),
+    [
+        ("$OPTS 0 25", "0", 25),
+        ("$OPTS -x a 0 25", "0", 25),
+        ("-v $OPTS 0 smtp", "0", 25),
+        ("$IP 25", "$IP", 25),
+        ('"$IP" 25', '"$IP"', 25),
+        ("${OPTS} ${IP} 25", "${IP}", 25),
+        ('"$@" 0 25', "0", 25),
+    ],
+)
+def test_words_that_may_be_options(words: str, host: str, port: int, tmp_path: Path) -> None:
+    """Or none; and what may be any number of words is not taken for what stands behind it."""
+    chain = read(f"exec tcpserver {words} /opt/qmail-smtpd check true", tmp_path).chain
+    assert (chain.host, chain.port, chain.troubles) == (host, port, [])
+    assert (chain.program, chain.arguments) == ("/opt/qmail-smtpd", ["check", "true"])
+
+
+def test_options_of_a_file_and_of_the_arguments(tmp_path: Path) -> None:
+    run = read(". ./settings\nset -- $OPTS -c 9\nexec tcpserver \"$@\" 0 25 qmail-smtpd", tmp_path)
+    assert (run.chain.rules, run.chain.concurrency) == (f"{tmp_path}/rules.cdb", 9)
+    assert run.notes == []
+
+
+@pytest.mark.parametrize("word", ["$(pick)", '"$HOME_OF"/rules.cdb', "limit"])
+def test_what_is_not_known_of_a_server(word: str, tmp_path: Path) -> None:
+    """-c with a file's name is one that patched servers read."""
+    chain = read(f"exec tcpserver -c {word} -x {word} 0 25 qmail-smtpd", tmp_path).chain
+    assert chain.concurrency is None
+    assert chain.lacks_rules is (word != "limit")
+
+
+def test_directories_that_are_not_known(tmp_path: Path) -> None:
+    run = read("cd $(pick)\nexec envdir env tcpserver -x a.cdb 0 25 ./qmail-smtpd", tmp_path)
+    assert run.chain.troubles == []
+    assert (run.chain.rules, run.chain.lacks_rules, run.may_set("A")) == (None, True, True)
+
+
+@pytest.mark.parametrize("chain", ["envuidgid $WHO tcpserver -U", "setuidgid $WHO tcpserver"])
+def test_users_that_are_not_known(chain: str, tmp_path: Path) -> None:
+    run = read(f"exec {chain} 0 25 qmail-smtpd", tmp_path)
+    assert (run.chain.uid, run.chain.troubles, run.chain.has_gap) == (None, [], True)
+    assert [name for _, word in run.chain.odd_ids for name in run.never_set(word)] == []
+
+
+# Where it ends
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [("exit 0", 2), ("[ -f none ] || exit 1", 2), ("f() {\n  exit 1\n}\nf", 3)],
+)
+def test_scripts_that_end_before(script: str, line: int, tmp_path: Path) -> None:
+    run = read(f"{script}\n{LAST}", tmp_path)
+    assert run.chain.program is None
+    assert [note.partition(":")[0] for note in run.notes] == [f"line {line}"]
+    assert run.notes[0].endswith("ends the script")
+
+
+@pytest.mark.parametrize(
+    ("script", "replaces_shell", "ends_at_once"),
+    [
+        (LAST, True, False),
+        (LAST[5:], False, False),
+        (f"{LAST[5:]} &", True, True),
+        (f"{LAST[5:]} &\nwait", True, False),
+        (f"( {LAST} )", False, False),
+        (f"{{ {LAST}; }}", True, False),
+        (f"if [ -d env ]; then\n  {LAST}\nelse\n  exec other\nfi", True, False),
+    ],
+)
+def test_the_last_command(
+    script: str, replaces_shell: bool, ends_at_once: bool, tmp_path: Path
+) -> None:
+    run = read(script, tmp_path)
+    assert run.chain.program == "qmail-smtpd"
+    assert (run.replaces_shell, run.ends_at_once) == (replaces_shell, ends_at_once)
+
+
+def test_another_program_is_noted(tmp_path: Path) -> None:
+    run = read(f"{LAST[5:]} &\nexport RELAYCLIENT=\n{LAST}", tmp_path)
+    assert run.notes == ["line 4: another qmail-smtpd, which is not looked at"]
+
+
+def test_calls_without_an_end(tmp_path: Path) -> None:
+    for script in ("f() { f; }\nf", ". ./self", "eval \"$A\"", "while :; do :; done"):
+        (tmp_path / "self").write_text(". ./self\n")
+        assert read(f"A='eval \"$A\"'\n{script}\n{LAST}", tmp_path).chain.program
