@@ -246,7 +246,7 @@ class Chain:
                 flags, rest = getopt.getopt(words, short, long)
             except getopt.GetoptError as error:
                 is_patched = name in SERVERS and name != LISTENER
-                if not is_patched or len(error.opt) != 1 or f"{error.opt}:" in short:
+                if not is_patched or len(error.opt) != 1 or error.opt in short:
                     raise
                 self._note(f"{name}: {error}")
                 self.has_gap = True

@@ -136,7 +136,7 @@ class Script:
             command = commands[at]
             self._line = self._line_of_eval or command.line
             self._steps += 1
-            is_function = command.after == "()"
+            is_function = command.after == "()" and bool(command.words)
             end = end_of_block(commands, at + is_function)
             block, at = commands[at:end], end
             if is_function:
@@ -192,7 +192,7 @@ class Script:
         """`for NAME in WORDS`, where all words are known."""
         words = block[0].words[1:]
         known = [self._words.expand(word) for word in words[2:]]
-        if len(words) < 2 or None in known or first_word(block[1]) != "do":
+        if len(words) < 2 or None in known or list(map(first_word, block[1:2])) != ["do"]:
             self._pass_over(block)
             return
         for word, text in zip(words[2:], known):
@@ -343,7 +343,8 @@ class Script:
 
     def _cd(self, _: Command, words: Sequence[Word]) -> int:
         if len(words) == 1:
-            self._change_directory(self._words.texts(words[0])[0])
+            for path in self._words.texts(words[0])[:1]:
+                self._change_directory(path)
         return _EXPECTED
 
     def _ulimit(self, _: Command, words: Sequence[Word]) -> int:
