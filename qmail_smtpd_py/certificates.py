@@ -29,6 +29,9 @@ BY_NAME = "control/servercerts"
 _LONGEST_NAME, _LONGEST_LABEL = 253, 63  # octets (RFC 1035 section 2.3.4, without the root's)
 _IN_NAMES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-.")
 
+_ROOM_FOR_NAMES = 64000  # octets; 65535 with all that stands beside them
+_BEFORE_NAME = 2  # octets
+
 _NO_CERTIFICATE = b"missing certificate"
 _NO_KEY = b"no valid private key"
 _SYSTEM_ERROR = 1 << 31  # what else an error of OpenSSL's has is errno then
@@ -169,6 +172,27 @@ def revocation_lists(text: bytes) -> list[x509.CertificateRevocationList]:
     end = b"-----END X509 CRL-----"
     with _Parsing():
         return [x509.load_pem_x509_crl(one + end) for one in text.split(end)[:-1]]
+
+
+def can_be_named(text: bytes) -> bool:
+    """Whether the names of all authorities in a PEM file's text have room where a client is asked
+    for a certificate (RFC 5246 section 7.4.4, RFC 8446 section 4.2.4): with more than that every
+    handshake would fail.
+    """
+    if len(text) < _ROOM_FOR_NAMES:
+        return True
+    import warnings
+
+    from cryptography import x509
+
+    try:
+        with _Parsing(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the interpreter would write them into the log
+            subjects = [found.subject for found in x509.load_pem_x509_certificates(text)]
+            names = {subject.public_bytes() for subject in subjects}
+    except ValueError:
+        return False
+    return sum(len(name) + _BEFORE_NAME for name in names) < _ROOM_FOR_NAMES
 
 
 def same_type(path: str, other: str) -> bool:

@@ -50,6 +50,7 @@ class Channel:
         self._up = False
         self._may_have_input = is_client  # who speaks first
         self._may_have_output = False
+        self._unsent = b""
         self.ended = ""
 
     def feed(self, data: bytes) -> None:
@@ -102,18 +103,30 @@ class Channel:
         except self._ssl.Error as error:
             self.ended = f"TLS: {reason(error)}"
             return b""  # nothing can be told any more: what ends a message here must not count
+        if self._unsent:
+            self._encrypt()
         return b"".join(pieces)
 
     def write(self, data: bytes) -> bytes:
         """The data, encrypted; where the peer has broken TLS meanwhile, an alert instead, and the
         next `read` tells of it.
         """
+        self._unsent += data
+        self._encrypt()
+        return self.pending()
+
+    def _encrypt(self) -> None:
+        """Encrypt what is unsent.  Where the peer has begun a message of TLS's own, as a change
+        of keys, OpenSSL wants the rest of that first.
+        """
         self._may_have_output = True
         try:
-            self._connection.sendall(data)
+            self._connection.sendall(self._unsent)
+        except self._ssl.WantReadError:
+            return
         except self._ssl.Error as error:
             self.ended = self.ended or f"TLS: {reason(error)}"
-        return self.pending()
+        self._unsent = b""
 
     def close(self) -> bytes:
         """The words that end TLS, if it was on."""
@@ -233,5 +246,8 @@ class ClientChannel(Channel):
 
 def reason(error: Exception) -> str:
     """OpenSSL's words for an error of pyOpenSSL."""
-    reasons = [entry[-1] for entry in (error.args[0] if error.args else []) if entry]
+    entries = error.args[0] if error.args else []
+    if not isinstance(entries, (list, tuple)):  # SysCallError has a number and words
+        return str(error.args[-1])
+    reasons = [entry[-1] for entry in entries if entry]
     return "; ".join(filter(None, reasons)) or "connection ended"

@@ -120,6 +120,8 @@ def _start(arguments: Sequence[bytes], descriptor: int, environ: Mapping[bytes, 
         (os.POSIX_SPAWN_DUP2, 2, 1),
         (os.POSIX_SPAWN_DUP2, descriptor, 3),
     ]
+    if descriptor == 3:  # then that is no copy, and before glibc 2.29 it would be closed at exec
+        os.set_inheritable(3, True)
     why = "No such file or directory"
     for path in _paths(arguments[0], environ):
         try:

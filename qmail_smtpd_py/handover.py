@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 READY, GO = b"+", b"!"
 
-PATIENCE = 5.0
+PROGRAM_SECONDS = 5.0
 """Seconds that a program may take for what it has to say before TLS begins."""
 
-PATIENCE_OF_PROGRAMS = 2.0
+HELPER_SECONDS = 2.0
 """Seconds that a helper may take: the client waits, and TLS can be had without it."""
 
 _LENGTH = 4  # octets of the number before the text: an order of our own, not the machine's
@@ -55,9 +55,12 @@ class HandoverError(Exception):
 
 def offer(path: bytes, arguments: Sequence[bytes], environ: Mapping[bytes, bytes]) -> Offer:
     """Offer a connection to the helper at a path; raises HandoverError unless it takes it."""
-    helper = socket(AF_UNIX, SOCK_STREAM)
     try:
-        helper.settimeout(PATIENCE_OF_PROGRAMS)
+        helper = socket(AF_UNIX, SOCK_STREAM)
+    except OSError as error:
+        raise HandoverError(error.strerror) from None
+    try:
+        helper.settimeout(HELPER_SECONDS)
         helper.connect(path)
         check_peer(helper)
         helper.sendall(pack(arguments, environ))
@@ -70,7 +73,9 @@ def offer(path: bytes, arguments: Sequence[bytes], environ: Mapping[bytes, bytes
 
 
 class Offer:
-    """A helper that waits to be told that the client knows."""
+    """A helper that has said yes, and waits for the descriptors, which it gets when the client has
+    its 220.
+    """
 
     def __init__(self, helper: socket) -> None:
         self._helper = helper
@@ -92,7 +97,7 @@ class Offer:
 
 def take(program: socket) -> tuple[list[bytes], dict[bytes, bytes]]:
     """What a program offers: its arguments and its environment; raises HandoverError."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + PROGRAM_SECONDS
     check_peer(program)
     try:
         text = b""
@@ -112,7 +117,7 @@ def begin(program: socket) -> list[int]:
     none.
     """
     try:
-        program.settimeout(PATIENCE)
+        program.settimeout(PROGRAM_SECONDS)
         program.sendall(READY)
         said, ancillary, _, _ = program.recvmsg(1, CMSG_SPACE(3 * _INT), MSG_CMSG_CLOEXEC)
     except OSError:

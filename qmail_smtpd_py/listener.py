@@ -254,10 +254,11 @@ class Staff(Employer):
     def tell(self, line: str) -> None:
         self._service.complain(line)
 
-    def tell_end(self, pid: int, status: int) -> None:
+    def tell_end(self, pid: int, status: int, busy: int) -> None:
         """Log the end of a connection as its worker would have, with -v."""
         if self._service.is_verbose:
             self._service.complain(f"end {pid} status {status}")
+            self._service.complain(f"status: {busy}/{self._options.limit}")
 
 
 def _fill_streams() -> None:
@@ -291,6 +292,36 @@ def _print_port(port: int) -> None:
         pass
 
 
+def _let_go_of_streams() -> None:
+    """Keep descriptors 0 and 1 from nobody: as tcpserver does, so that who reads the port there
+    comes to an end.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def _start(listener: Listener, options: Options) -> None:
+    """Serve, with the rights of -u; raises StartError.
+
+    As tcpserver does, it tells the port when all that needs root is done; but before it detaches.
+    """
+    if listener.is_successor:  # of one that has done all this
+        listener.run(OomScore())
+        return
+    if options.daemon:
+        if options.print_port:
+            _print_port(listener.port)
+        background.detach(options, listener.descriptor)
+    score = OomScore()
+    _drop_privileges(options)
+    if options.print_port and not options.daemon:
+        _print_port(listener.port)
+    _let_go_of_streams()
+    listener.run(score)
+
+
 def main() -> int:
     """The program; the exit status is 111 where it could not start, as tcpserver's."""
     afterfork.leave_out()
@@ -302,16 +333,7 @@ def main() -> int:
         if options.wants_help:
             print(USAGE, end="")
             return 0
-        listener = Listener(options)
-        if not listener.is_successor:  # of one that has done all this
-            if options.print_port:
-                _print_port(listener.port)
-            if options.daemon:
-                background.detach(options, listener.descriptor)
-        score = OomScore()
-        if not listener.is_successor:
-            _drop_privileges(options)
-        listener.run(score)
+        _start(Listener(options), options)
         if options.daemon:
             background.remove_pid_file(options.pid_file)
     except StartError as error:

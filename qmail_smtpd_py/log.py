@@ -32,6 +32,7 @@ _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 _PATIENCE = 1.0  # seconds that a line waits for a reader that is slow, or stuck
 _FILE_TYPE, _REGULAR = 0o170000, 0o100000  # inode(7)
 _KNOWS_NOTHING = (22, 95)  # EINVAL and EOPNOTSUPP; errno would be one more module at start
+_NOWAIT = getattr(os, "RWF_NOWAIT", 8)  # preadv2(2); interpreters that know an older kernel lack it
 
 _takes_more = select.poll()
 _takes_more.register(DESCRIPTOR, select.POLLOUT)
@@ -57,7 +58,11 @@ def format_line(event: str, fields: Mapping[str, object]) -> bytes:
                 octets = b'"%s"' % escaped(octets, _QUOTABLE, _VALUE_LIMIT)
             words.append(key.encode() + b"=" + octets)
     line = b" ".join(words)
-    return line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + b'..."'
+    if len(line) <= _LINE_LIMIT:
+        return line
+    line = line[:_LINE_LIMIT]
+    cut = line.rfind(b"\\", _LINE_LIMIT - 3)  # in the middle of \xHH
+    return (line if cut < 0 else line[:cut]) + b'..."'
 
 
 class Log:
@@ -108,7 +113,9 @@ class Log:
         """Write without a wait; False if there is no room now.  Raises OSError."""
         if self._takes_nowait:
             try:
-                os.pwritev(DESCRIPTOR, (octets,), -1, os.RWF_NOWAIT)
+                written = os.pwritev(DESCRIPTOR, (octets,), -1, _NOWAIT)
+                if written < len(octets):  # of a line that began, the rest is not left out
+                    os.write(DESCRIPTOR, octets[written:])
                 return True
             except OSError as error:
                 # Pipes know nothing of it before Linux 6.4, and few files do, which always have

@@ -168,7 +168,8 @@ class Place:
     def begin(self) -> None:
         """A connection was accepted; the parent is told if too few others wait for the next."""
         self.board.take_turn(self._number)
-        if self.board.idle < self._least_idle and not self.board.is_looking:
+        board = self.board
+        if board.idle < self._least_idle and not board.is_looking and board.free_place() >= 0:
             try:
                 os.write(self._notify, b".")
             except OSError:
@@ -215,8 +216,10 @@ class Employer:
         """Words for the log."""
         raise NotImplementedError
 
-    def tell_end(self, pid: int, status: int) -> None:
-        """A worker did not live to the end of its connection; `status` is its wait status."""
+    def tell_end(self, pid: int, status: int, busy: int) -> None:
+        """A worker did not live to the end of its connection; `status` is its wait status, and
+        `busy` how many connections are left.
+        """
         raise NotImplementedError
 
 
@@ -375,7 +378,7 @@ class Pool:
             self._crashes = 0 if has_worked else self._crashes + 1
             self.board.mark(place, _EMPTY)
             if status and was_busy:
-                self._employer.tell_end(pid, status)
+                self._employer.tell_end(pid, status, self.board.busy)
             if status and not self.board.stopping:
                 self._note_crash(pid, status)
 

@@ -120,8 +120,8 @@ class Session:
         """Whether a check program may be asked next."""
         if self.state != COMMAND:
             return self.state == AUTH_RESPONSE
-        is_in_vain = self._user is not None or self._check_auth_available()
-        return not is_in_vain and self._unread.starts_with_verb(b"AUTH")
+        is_refused = self._user is not None or self._check_auth_available() is not None
+        return not is_refused and self._unread.starts_with_verb(b"AUTH")
 
     def tls_started(self, cipher: bytes) -> None:
         """A handshake is complete: what was said before it counts no more."""
@@ -460,7 +460,8 @@ class Session:
             "why": None if ok else answer.lines[0],
             "user": user,
         }
-        self._effects.log("auth", fields)
+        if ok or answer is reply.AUTH_FAILED or self._conduct.tells_refusal():
+            self._effects.log("auth", fields)
         return answer
 
 

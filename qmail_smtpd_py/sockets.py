@@ -99,7 +99,8 @@ def _bind_port(options: Options) -> socket.socket:
     """A socket that listens where the command line says; raises StartError."""
     host = "0.0.0.0" if options.host in ("", "0") else options.host
     try:
-        if options.port.isdecimal() and int(options.port[:6]) > 65535:
+        is_number = options.port.isdecimal()
+        if (is_number and int(options.port[:6]) > 65535) or options.port[:1] in ("+", "-", " "):
             raise OSError(0, _NO_PORT)  # of which the library would make another
         found = socket.getaddrinfo(
             host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -104,8 +104,9 @@ def _name_of(ip: str) -> bytes | None:
 
 
 def _has_address(name: bytes, ip: str) -> bool:
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET  # lest the other is waited for
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(name, None, family, socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False
     return any(bare_ip(str(address[0])) == ip for *_, address in found)
@@ -148,5 +149,6 @@ def _parse_ident(answer: bytes) -> bytes | None:
     line, end, _ = answer.partition(b"\n")
     if not end:
         return None
-    user = b":".join(line.split(b":")[3:]).translate(None, b" \t\r")[:_LONGEST_USER]
+    user = b":".join(line.split(b":")[3:]).translate(None, b" \t\r").partition(b"\0")[0]
+    user = user[:_LONGEST_USER]
     return bytes(octet if 33 <= octet <= 126 else ord("?") for octet in user)

@@ -62,7 +62,8 @@ class Rules:
                 if data is not None:
                     return instructions(data)
         except (OSError, CdbError) as error:
-            raise RulesError(f"cannot use {self._path}: {error}") from None
+            why = (isinstance(error, OSError) and error.strerror) or error
+            raise RulesError(f"cannot use {self._path}: {why}") from None
         return {}
 
     def _refresh(self) -> None:

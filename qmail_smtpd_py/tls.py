@@ -157,9 +157,13 @@ class Context:
     def _ask_for_certificate(self) -> None:
         """Ask clients for a certificate of one of our authorities."""
         try:
-            certificates.read(CLIENT_AUTHORITIES)
+            text = certificates.read(CLIENT_AUTHORITIES)
             self.ssl.load_verify_locations(CLIENT_AUTHORITIES)
-            self.ssl.load_client_ca(CLIENT_AUTHORITIES.encode())
+            if certificates.can_be_named(text):
+                self.ssl.load_client_ca(CLIENT_AUTHORITIES.encode())
+            else:
+                what = "too many authorities to name them to clients, who may show any certificate"
+                self.warnings.append(f"{CLIENT_AUTHORITIES}: {what}")
         except (TlsError, self._library.Error) as error:
             self.warnings.append(_told_of(CLIENT_AUTHORITIES, error))
             return

@@ -54,7 +54,7 @@ def start(control: int, seconds: float) -> dict[bytes, bytes]:
     try:
         os.write(control, b"Y")
         text = b""
-        while not text.endswith(b"\0\0"):
+        while not text.endswith(b"\0\0") and text != b"\0":
             text += _read(control, deadline)
             if len(text) > _LONGEST:
                 raise UcspiError("no end of variables on SSLCTLFD")

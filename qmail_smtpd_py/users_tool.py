@@ -127,7 +127,11 @@ def _ask(*prompts: str, from_stdin: bool) -> bytes:
     if from_stdin:
         if not sys.stdin:  # it is closed
             raise Refusal("no password could be read from standard input")
-        line = sys.stdin.buffer.readline()
+        try:
+            line = sys.stdin.buffer.readline()
+        except OSError as error:
+            why = f"no password could be read from standard input: {error.strerror}"
+            raise Refusal(why) from None
         password = line[:-2] if line.endswith(b"\r\n") else line.removesuffix(b"\n")
     else:
         first, *others = (_ask_terminal(prompt) for prompt in prompts)

@@ -52,13 +52,14 @@ class Wire:
     def _use(self, read_fd: int, write_fd: int) -> None:
         self._read_fd = read_fd
         self._write_fd = write_fd
+        self._was_blocking = False
         # Or a write could wait for a client that reads nothing.
         try:
-            self._was_blocking = os.get_blocking(write_fd)
-        except OSError:  # it is closed, as the first write will tell
-            self._was_blocking = False
-        if self._was_blocking:
-            os.set_blocking(write_fd, False)
+            if os.get_blocking(write_fd):
+                os.set_blocking(write_fd, False)
+                self._was_blocking = True
+        except OSError:
+            pass  # it is closed, as the first write will tell
 
     def move(self, read_fd: int, write_fd: int) -> None:
         """Go on with other descriptors, and leave those so far as they were."""

@@ -45,6 +45,9 @@ PROXY_SECONDS = 10.0
 
 _STREAM = int(socket.SOCK_STREAM)
 
+# Interpreters that were built for an older kernel do not have its name (epoll_ctl(2)).
+_EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 1 << 28)
+
 _LONGEST_OPTIONS = 40  # octets (ip(7))
 
 _DENIED, _DROPPED = 100, 111  # the exit statuses of tcpserver's children
@@ -95,7 +98,7 @@ class Worker:
         served, place = 0, self._place
         self._pid = os.getpid()
         with select.epoll() as incoming:
-            incoming.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            incoming.register(self._listener, select.EPOLLIN | _EXCLUSIVE)
             incoming.register(place.lifeline, select.EPOLLHUP)
             while served < self._most and place.is_wanted() and time.monotonic() < self._until:
                 reap(self._service.resources.left_children)
@@ -150,7 +153,8 @@ class Worker:
                     service.complain(f"pid {self._pid} from {ends.remote_ip}")
                 environ = self._admit(connection, ends)
             except (OSError, ProxyError, RulesError) as error:
-                service.complain(f"drop {self._pid} from {bare_ip(remote[0])}: {error}")
+                why = (isinstance(error, OSError) and error.strerror) or error
+                service.complain(f"drop {self._pid} from {bare_ip(remote[0])}: {why}")
                 return _DROPPED
             return _DENIED if environ is None else self._serve(connection, environ)
         finally:
@@ -259,15 +263,23 @@ def logging_to(descriptor: int, its_log: log.Log) -> Iterator[None]:
 
 
 def _drop_ip_options(connection: Socket) -> None:
-    """Send packets of this connection by no route that the client chose; most choose none."""
-    if connection.getsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, _LONGEST_OPTIONS):
+    """Send packets of this connection by no route that the client chose; most choose none, and
+    there are systems that know no such option (qemu-user).
+    """
+    try:
+        options = connection.getsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, _LONGEST_OPTIONS)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return
+        raise
+    if options:
         connection.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"")
 
 
 def _text(name: bytes | None) -> str:
     """A name from outside for the log, where colons part fields; as tcpserver shows it."""
     text = (name or b"").translate(_SHOWN).decode("ascii")
-    return text if len(text) <= 100 else text[:100] + "..."
+    return text if len(text) < 100 else text[:100] + "..."
 
 
 _SHOWN = bytes(octet if 33 <= octet <= 126 and octet not in b"%:" else 63 for octet in range(256))

@@ -25,8 +25,17 @@ LOOK_SECONDS = 5
 
 _DONT_WAIT = int(socket.MSG_DONTWAIT)
 
-# 66 is the option for a struct timeval of 64 bits, where long has 32 (asm-generic/socket.h).
-_TIMEVAL = struct.pack("@qq" if socket.SO_RCVTIMEO == 66 else "@ll", LOOK_SECONDS, 0)
+
+def timeval(seconds: int, microseconds: int = 0) -> bytes:
+    """A struct timeval for setsockopt(2), of which machines of 32 bits have two: the kernel says
+    which goes with the number that the interpreter has for SO_RCVTIMEO.
+    """
+    with socket.socket(socket.AF_UNIX) as asked:
+        size = len(asked.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))
+    return struct.pack("@qq" if size == 16 else "@ll", seconds, microseconds)
+
+
+_TIMEVAL = timeval(LOOK_SECONDS)
 
 
 class WatchfulWire(Wire):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import select
 import subprocess
 import sys
@@ -99,6 +100,29 @@ def refuse(monkeypatch: pytest.MonkeyPatch, number: int) -> list[object]:
 
     monkeypatch.setattr(log.os, "pwritev", fail)
     return asked
+
+
+@pytest.mark.parametrize("length", range(1180, 1201))
+def test_a_line_is_not_cut_in_the_middle_of_an_octet(length: int) -> None:
+    values = {"a": b"\xff" * length, "b": b"x"}
+    shown = log.format_line("mail", values).decode()
+    assert shown.endswith('..."')
+    start = shown.removesuffix('..."')
+    assert re.fullmatch(r'.*a="(\\xff)*', start)
+
+
+def test_a_line_that_is_written_in_part_is_written_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_in_part(descriptor: int, buffers: tuple[bytes], *_: int) -> int:
+        return os.write(descriptor, buffers[0][:30])
+
+    monkeypatch.setattr(log.os, "pwritev", write_in_part)
+    with (tmp_path / "log").open("wb") as file:
+        monkeypatch.setattr(log, "DESCRIPTOR", file.fileno())
+        assert log.write("connect", {"ip": b"192.0.2.1", "host": b"mail.example.org"})
+    (line,) = logs.read_all((tmp_path / "log").read_bytes())
+    assert line.fields == {"ip": "192.0.2.1", "host": "mail.example.org"}
 
 
 def test_a_file_that_promises_not_to_wait_and_does_not_keep_it_gets_the_line(

@@ -10,7 +10,7 @@ from conformance import grammar
 from conformance.world import all_replies, base64, open_session
 
 from qmail_smtpd_py import reply
-from qmail_smtpd_py.conduct import MOST_REFUSALS
+from qmail_smtpd_py.conduct import MOST_REFUSALS, Limits
 from qmail_smtpd_py.session import CLOSED, LINE_LIMIT, Session
 from qmail_smtpd_py.transaction import RECIPIENTS_LIMIT, Transaction
 
@@ -246,6 +246,15 @@ def test_mail_that_is_refused_counts_among_the_refusals_and_what_is_taken_is_alw
     for _ in range(303):  # the queue refuses each third one
         all_replies(session, IN_A_MESSAGE + b"x\r\n.\r\n")
     assert (told(b"accepted"), told(b"refused")) == (202, MOST_REFUSALS)
+
+
+def test_auth_that_fails_counts_among_the_refusals_but_for_wrong_passwords() -> None:
+    session, world = open_session(limits=Limits(auth_failures=0, bad_commands=0))
+    for _ in range(MOST_REFUSALS + 5):
+        all_replies(session, b"AUTH PLAIN =\r\n")
+    assert sum(b"code=501" in line for line in world.lines) == MOST_REFUSALS
+    all_replies(session, b"AUTH PLAIN AGEAYg==\r\n")
+    assert b"code=535" in world.lines[-1]
 
 
 # AUTH

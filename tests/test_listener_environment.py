@@ -243,6 +243,7 @@ def test_names(mx: Stage, tmp_path: Path) -> None:
         "{ports} : USERID : UNIX : " + 400 * "j" + "\r\n",
         "{ports} : USERID : UNIX : \r\n",
         "{ports} : ERROR : NO-USER\r\n",
+        "{ports} : USERID : UNIX : joe\0x\r\n",
         "{ports} : USERID : UNIX : joe",
         "\r\n",
         "",

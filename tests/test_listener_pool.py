@@ -29,6 +29,7 @@ from listener.peers import compile_rules
 from listener.world import address
 
 from qmail_smtpd_py import oomscore
+from qmail_smtpd_py.prefork import Board, Place
 
 pytest_plugins = ["listener.fixtures"]
 
@@ -198,6 +199,20 @@ def test_another_comes_for_one_that_is_killed_though_enough_are_idle(mx: Stage) 
         eventually(lambda: listener.workers - there, "another has come")
 
 
+@pytest.mark.parametrize(("limit", "is_told"), [(1, False), (2, True)])
+def test_the_parent_is_told_only_if_it_could_fork(limit: int, is_told: bool) -> None:
+    reader, writer = os.pipe()
+    with open(reader, "rb", 0) as ear, open(writer, "wb", 0):
+        os.set_blocking(reader, False)
+        board = Board(limit)
+        board.mark(0, b"\1")
+        place = Place(
+            board, 0, parent=os.getppid(), notify=writer, lifeline=-1, least_idle=1, most_idle=2
+        )
+        place.begin()
+        assert ear.read() == (b"." if is_told else None)
+
+
 def test_a_busy_worker_is_killed(mx: Stage) -> None:
     with Listening(mx) as listener:
         victim, other = listener.greeted(), listener.greeted()
@@ -209,6 +224,7 @@ def test_a_busy_worker_is_killed(mx: Stage) -> None:
         os.kill(pid, signal.SIGKILL)
         assert victim.read_to_end() == b""
         listener.log.wait_for(rf"warning: worker {pid} was killed by signal 9$")
+        assert f": end {pid} status 9\nqmail-smtpd-listen: status: 1/40\n" in listener.log.text()
         end_message(other)
         quit_(other)
         served_by(listener)

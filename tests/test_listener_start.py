@@ -51,13 +51,13 @@ FATAL = "qmail-smtpd-listen: fatal: "
 @pytest.mark.parametrize(
     "host, local, remote",
     [
-        ("127.0.0.1", "0100007F", "127.0.0.1"),
-        ("0", "00000000", "127.0.0.1"),
-        ("", "00000000", "127.0.0.1"),
-        ("localhost", "0100007F", "127.0.0.1"),
-        ("::1", "00000000000000000000000001000000", "::1"),
-        ("::", "00000000000000000000000000000000", "127.0.0.1"),
-        ("::", "00000000000000000000000000000000", "::1"),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("0", "0.0.0.0", "127.0.0.1"),
+        ("", "0.0.0.0", "127.0.0.1"),
+        ("localhost", "127.0.0.1", "127.0.0.1"),
+        ("::1", "::1", "::1"),
+        ("::", "::", "127.0.0.1"),
+        ("::", "::", "::1"),
     ],
 )
 def test_host(mx: Stage, host: str, local: str, remote: str) -> None:
@@ -72,6 +72,31 @@ def test_host(mx: Stage, host: str, local: str, remote: str) -> None:
     assert delivery.environ["TCPREMOTEIP"] == delivery.environ["TCPLOCALIP"] == remote
     assert delivery.environ["PROTO"] == ("TCP6" if ":" in remote else "TCP")
     assert "(HELO mx.example.org)" not in delivery.read[0].decode()
+
+
+def test_who_reads_the_port_comes_to_an_end(mx: Stage) -> None:
+    """As tcpserver, it keeps descriptors 0 and 1 from nobody."""
+    with Listening(mx) as listener:
+        assert listener._process.stdout
+        assert listener._process.stdout.read() == b""
+        for pid in (listener.pid, *listener.workers):
+            files = [os.readlink(f"/proc/{pid}/fd/{number}") for number in (0, 1)]
+            assert files == [os.devnull] * 2
+
+
+def test_the_port_is_not_told_before_it_serves(mx: Stage) -> None:
+    need_root()
+    ended = subprocess.run(
+        [*program(), "-1", "-u", "65534", "-g", "65534", "127.0.0.1", "0"],
+        capture_output=True,
+        check=False,
+        timeout=PATIENCE,
+        user=65533,
+        group=65533,
+        extra_groups=[],
+    )
+    assert (ended.returncode, ended.stdout) == (111, b"")
+    assert b"cannot become gid 65534" in ended.stderr
 
 
 def test_port_by_name(mx: Stage) -> None:
@@ -175,6 +200,8 @@ def test_too_little_memory(mx: Stage, megabytes: int) -> None:
         ("127.0.0.1", "no-such-service", "there is no such port"),
         ("127.0.0.1", "70000", "there is no such port"),
         ("127.0.0.1", "-1", ""),
+        ("127.0.0.1", "+2525", "there is no such port"),
+        ("127.0.0.1", " 2525", "there is no such port"),
         ("no.such.host.invalid", "0", ""),
         ("a..b", "0", ""),
         (64 * "x" + ".example", "0", ""),

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from conformance.stage import FIXTURES
+from e2e.certificates import Certificate
 from OpenSSL import SSL
 
 from qmail_smtpd_py import tls
-from qmail_smtpd_py.channel import Channel, ClientChannel
+from qmail_smtpd_py.channel import Channel, ClientChannel, reason
 
 pytestmark = pytest.mark.tls
 
@@ -50,6 +51,62 @@ def pass_on(sender: Channel, receiver: Channel) -> None:
     octets = sender.pending()
     if octets:
         receiver.feed(octets)
+
+
+class HalfKeyUpdate:
+    """A connection whose peer has begun a message of TLS's own: OpenSSL writes nothing before it
+    has the rest.
+    """
+
+    def __init__(self, connection: SSL.Connection) -> None:
+        self._connection = connection
+        self.is_whole = False
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._connection, name)
+
+    def sendall(self, data: bytes) -> None:
+        if not self.is_whole:
+            raise SSL.WantReadError
+        self._connection.sendall(data)
+
+
+def test_what_is_said_in_the_middle_of_a_key_update(ends: tuple[Channel, ClientChannel]) -> None:
+    server, client = ends
+    connect(server, client)
+    half = server._connection = HalfKeyUpdate(server._connection)
+    assert server.write(b"250 ok\r\n") + server.write(b"250 more\r\n") == b""
+    server.feed(client.write(b"NOOP\r\n"))
+    assert (server.read(), server.pending()) == (b"NOOP\r\n", b"")
+    half.is_whole = True
+    server.feed(client.write(b"QUIT\r\n"))
+    assert server.read() == b"QUIT\r\n"
+    client.feed(server.write(b"221\r\n"))
+    assert client.read() == b"250 ok\r\n250 more\r\n221\r\n"
+    assert server.ended == ""
+
+
+@pytest.mark.parametrize("number", [780, 860])
+def test_authorities_that_are_too_many_to_be_named(
+    ends: tuple[Channel, ClientChannel], number: int
+) -> None:
+    """Or no handshake would succeed, with or without a certificate."""
+    _, client = ends
+    authority = Certificate("x" * 60, authority=True)
+    pem = b"".join(
+        Certificate(f"{at:064}", issuer=authority, authority=True).pem
+        for at in range(number)
+    )
+    Path("control/clientca.pem").write_bytes(pem)
+    context = tls.Context(tls.Policy(ask_client=True))
+    assert len(context.warnings) == (number == 860)
+    connect(context.channel(), client)
+
+
+def test_reasons() -> None:
+    assert reason(SSL.SysCallError(-1, "Unexpected EOF")) == "Unexpected EOF"
+    assert reason(SSL.Error([("", "", "x"), ("", "", "y")])) == "x; y"
+    assert reason(SSL.Error()) == "connection ended"
 
 
 def test_a_server_has_nothing_to_say_before_the_client(ends: tuple[Channel, ClientChannel]) -> None:

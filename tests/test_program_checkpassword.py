@@ -265,6 +265,28 @@ def test_an_outcome_is_counted_before_the_delay(
     assert order == [program == b"false", *delay]
 
 
+def test_a_pipe_that_is_descriptor_3_already(check: Check) -> None:
+    """As it is in the program: to copy it to itself does not make it stay at exec everywhere."""
+    saved = os.dup(3) if os.path.exists("/proc/self/fd/3") else -1
+    reader, writer = os.pipe()
+    os.write(writer, TEXT)
+    os.close(writer)
+    if reader != 3:
+        os.dup2(reader, 3, inheritable=False)
+    try:
+        words = [b"sh", b"-c", b"cat <&3 >" + os.fsencode(check.directory / "read")]
+        pid = checkpassword._start(words, 3, ENVIRON)
+        assert os.waitpid(pid, 0)[1] == 0
+    finally:
+        os.close(3)
+        if reader != 3:
+            os.close(reader)
+        if saved >= 0:
+            os.dup2(saved, 3)
+            os.close(saved)
+    assert check.wrote("read") == TEXT
+
+
 def test_no_descriptors(check: Check) -> None:
     _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = os.open("/dev/null", os.O_RDONLY)

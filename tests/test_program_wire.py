@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -72,7 +71,7 @@ def line(
 ) -> Iterator[Callable[[float], Line]]:
     lines: list[Line] = []
     monkeypatch.setattr(workerwire, "LOOK_SECONDS", LOOK)
-    monkeypatch.setattr(workerwire, "_TIMEVAL", struct.pack("@ll", 0, int(LOOK * 1e6)))
+    monkeypatch.setattr(workerwire, "_TIMEVAL", workerwire.timeval(0, int(LOOK * 1e6)))
 
     def open_line(timeout: float = 10) -> Line:
         lines.append(Line(request.param, timeout))
@@ -131,10 +130,21 @@ def test_a_worker_looks_up_while_it_waits(line: Open) -> None:
     assert end.looks >= 4
 
 
+def test_a_descriptor_that_nothing_can_be_done_with() -> None:
+    path = os.open(os.devnull, os.O_PATH)
+    try:
+        wire = Wire(path, path, 1)
+        with pytest.raises(ConnectionLost, match="Bad file descriptor"):
+            wire.write(b"220\r\n")
+        wire.close()
+    finally:
+        os.close(path)
+
+
 def test_a_look_is_a_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first wait of a worker is one in read(2); what is left is for those that follow."""
     monkeypatch.setattr(workerwire, "LOOK_SECONDS", LOOK)
-    monkeypatch.setattr(workerwire, "_TIMEVAL", struct.pack("@ll", 0, int(LOOK * 1e6)))
+    monkeypatch.setattr(workerwire, "_TIMEVAL", workerwire.timeval(0, int(LOOK * 1e6)))
     waits = []
 
     class Impatient(SocketWire):

@@ -162,6 +162,10 @@ def test_a_list_that_nobody_takes(home, users):
     [
         ("list >&-", b"standard output is closed"),
         ("check --stdin joe <&-", b"no password could be read from standard input"),
+        (
+            "check --stdin joe 0>/dev/null",
+            b"no password could be read from standard input: Bad file descriptor",
+        ),
     ],
 )
 def test_descriptors_that_are_closed(home, users, words, why):

@@ -12,6 +12,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -240,6 +241,7 @@ class ListenManager(Manager):
 
 def _is_listening(port):
     """Whether somebody listens, as the kernel's table has it: to connect would start a session."""
-    local = f"0100007F:{port:04X}"
+    word = int.from_bytes(socket.inet_aton("127.0.0.1"), sys.byteorder)
+    local = f"{word:08X}:{port:04X}"
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     return any(line.split()[1] == local and line.split()[3] == "0A" for line in lines)

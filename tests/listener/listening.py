@@ -275,21 +275,22 @@ def sockets(pid: int) -> set[str]:
 
 
 def listening_sockets() -> dict[str, tuple[str, int]]:
-    """Of each socket of this host that listens, by its inode: the address, as /proc has it, and
-    the port.
-    """
+    """Of each socket of this host that listens, by its inode: the address, and the port."""
     found = {}
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split(None, 10)
             if fields[3] == "0A":
                 address, port = fields[1].split(":")
-                found[fields[9]] = address, int(port, 16)
+                words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
+                octets = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
+                family = socket.AF_INET if table == "tcp" else socket.AF_INET6
+                found[fields[9]] = socket.inet_ntop(family, octets), int(port, 16)
     return found
 
 
 def listening_on(pid: int) -> set[tuple[str, int]]:
-    """The local addresses, as /proc has them, and the ports that a process listens on."""
+    """The local addresses, and the ports, that a process listens on."""
     listening = listening_sockets()
     return {listening[inode] for inode in sockets(pid) if inode in listening}
 
