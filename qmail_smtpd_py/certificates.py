@@ -213,7 +213,9 @@ def _type_of_certificate(path: str) -> type:
 
 
 class _Parsing:
-    """Has whatever cryptography makes of what is in a file be a ValueError, as not all of it is."""
+    """Makes a ValueError of every exception that cryptography raises for what is in a file; by
+    itself it raises others, too.
+    """
 
     def __enter__(self) -> None:
         pass

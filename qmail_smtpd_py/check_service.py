@@ -27,7 +27,7 @@ def examine(path: str, run: RunFile, report: Report) -> None:
     """Look at a run file, and at what lies beside it in a service directory."""
     directory = os.path.dirname(os.path.abspath(path))
     _examine_start(path, report)
-    if run.chain.program and not run.replaces_shell:
+    if run.chain.program and not run.needs_no_exec:
         what = "the last command is not started with exec: what svc sends, the shell gets"
         report.warning(
             "no-exec", what, "put exec in front of it", "svc -t would end the shell only"

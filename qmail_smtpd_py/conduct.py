@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 class Limits:
-    """How much of it in a session, or for `recipients` in a message; 0 is no limit."""
+    """The most that a client may do of each kind in a session, or for `recipients` in a message; 0
+    is no limit.
+    """
 
     __slots__ = ("auth_failures", "bad_commands", "bad_recipients", "recipients")
 

@@ -62,8 +62,8 @@ class Encryption:
 
     @property
     def is_ucspi(self) -> bool:
-        """Whether it is for the program that started us to make TLS (UCSPI-TLS): it has done so for
-        this connection alone.
+        """Whether the program that started us makes TLS (UCSPI-TLS); never in a listener, as its
+        three descriptors belong to one connection.
         """
         return b"SSLCTLFD" in self._environ and not self._contexts
 

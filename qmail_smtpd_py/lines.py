@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LineTooLong(Exception):
-    """A line had more octets than its limit; it is left behind, up to its end."""
+    """A line had more octets than its limit; it was thrown away, up to its end."""
 
 
 class Unread:
@@ -15,7 +15,7 @@ class Unread:
     def __init__(self) -> None:
         self._octets = b""
         self._at = 0  # what stands before was taken
-        self._too_long = False  # the start of a line was left behind
+        self._too_long = False  # the start of a line was thrown away
 
     def add(self, data: bytes) -> None:
         """Put octets behind those that are there."""

@@ -278,13 +278,13 @@ class Pool:
         self.board.look(soon=False)  # before we do: who becomes busy behind our back tells us
         if self.board.stopping or time.monotonic() < self._fork_at:
             return
-        wanted = min(self._wanted(was_short), self.board.count(_EMPTY))
+        wanted = min(self._number_to_fork(was_short), self.board.count(_EMPTY))
         if wanted:
             self._employer.prepare()
             gc.freeze()  # the children leave what is there alone, and its pages stay shared
             self._fork(wanted)
 
-    def _wanted(self, was_short: bool) -> int:
+    def _number_to_fork(self, was_short: bool) -> int:
         """How many workers to fork: not one by one, as each time costs the parent the pages that it
         writes to afterwards; `was_short` says that too few were idle when it looked last.
 

@@ -56,6 +56,11 @@ _REMEDIES = (
         "crl-unusable",
         "get the file anew: it has to be one PEM list for each authority",
     ),
+    (
+        r"too many authorities",
+        "clientca-too-many",
+        "leave in it those of the clients in tlsclients",
+    ),
     (r"clientca", "clientca-unusable", "mend or remove it: one PEM certificate for each authority"),
     (r"dh2048", "dh-unusable", "openssl dhparam -out control/dh2048.pem 2048, or remove it"),
     (r"no help from", "no-helper", "start the listener's helper, as the same user"),
@@ -63,7 +68,7 @@ _REMEDIES = (
 )
 """What an error line matches, the code of the problem, and what to do."""
 
-_GOES_ON = re.compile("no such cipher|dh2048|no help from")
+_GOES_ON = re.compile("no such cipher|dh2048|no help from|too many authorities")
 """Where a session goes on as well as it would without what is wrong."""
 
 _UNREADABLE = re.compile(r"cannot read (?:control/)?(\S+?)(?:: )")

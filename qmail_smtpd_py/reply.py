@@ -30,7 +30,7 @@ class Reply:
         return f"<Reply {self.code} {b' / '.join(self.lines)!r}>"
 
 
-# Commands that need no more (RFC 5321 section 4.1.1).
+# Commands that are obeyed (RFC 5321 section 4.1.1).
 OK = Reply(250, b"ok")
 FLUSHED = Reply(250, b"flushed")
 CANNOT_VRFY = Reply(252, b"send some mail, i'll try my best")

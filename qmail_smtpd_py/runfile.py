@@ -32,9 +32,9 @@ class RunFile(Script):
     `environ` is what it exports, `chain` the programs that it ends in.  `unexported` are variables
     that are set and not exported, with where, their value, and whether the script uses them;
     `dropped` those that a program of the chain takes away; `has_joined_log` is whether descriptor 2
-    goes to the log (`2>&1`); `made_directories` those that the script makes; `replaces_shell`
-    whether what it ends in does (`exec`), or has a shell or a pipe (`is_piped`) around it;
-    `ends_at_once` whether nothing of it waits for the program.
+    goes to the log (`2>&1`); `made_directories` those that the script makes; `needs_no_exec`
+    whether what it ends in is started with exec, or that would change nothing, as a pipe
+    (`is_piped`) is around it; `ends_at_once` whether nothing of it waits for the program.
     """
 
     def __init__(self, script: str, directory: str) -> None:
@@ -42,7 +42,7 @@ class RunFile(Script):
         self.chain = Chain(directory, self._note)
         self.dropped: list[str] = []
         self.has_joined_log = False
-        self.replaces_shell = self.is_piped = self.ends_at_once = False
+        self.needs_no_exec = self.is_piped = self.ends_at_once = False
         self.made_directories: set[str] = set()
         self._shells = 0
         self._started_with: dict[str, str] | None = None
@@ -80,7 +80,7 @@ class RunFile(Script):
         if self.chain.follow(texts, environ):
             self._started_with = environ
             self.dropped = [name for name in exported if name not in environ]
-            self.replaces_shell = replaces_shell or command.after in ("|", "|&", "&")
+            self.needs_no_exec = replaces_shell or command.after in ("|", "|&", "&")
             self.is_piped = command.after in ("|", "|&")
             self.ends_at_once = command.after == "&" and command is self._last
             self._join(command.redirections)
@@ -108,7 +108,7 @@ class RunFile(Script):
 
     def _end_of_shell(self, before: Variables) -> None:
         super()._end_of_shell(before)
-        self.replaces_shell = False
+        self.needs_no_exec = False
         self._is_over = self.chain.program is not None
 
     def _join(self, redirections: Sequence[Redirection]) -> None:

@@ -74,6 +74,7 @@ def test_secret_of_another_service(home: Path) -> None:
         ("cannot use /etc/tcp.smtp.cdb: the file is cut off", "rules-damaged"),
         ("cannot use control/morercpthosts.cdb: the file is cut off", "morercpthosts-damaged"),
         ("control/clientca.pem: no start line", "clientca-unusable"),
+        ("control/clientca.pem: too many authorities to name them to clients", "clientca-too-many"),
         ("control/clientcrl.pem: no start line; no client certificate counts", "crl-unusable"),
         ("control/dh2048.pem: no start line", "dh-unusable"),
         (

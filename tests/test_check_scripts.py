@@ -305,7 +305,7 @@ def test_scripts_that_end_before(script: str, line: int, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("script", "replaces_shell", "ends_at_once"),
+    ("script", "needs_no_exec", "ends_at_once"),
     [
         (LAST, True, False),
         (LAST[5:], False, False),
@@ -317,11 +317,11 @@ def test_scripts_that_end_before(script: str, line: int, tmp_path: Path) -> None
     ],
 )
 def test_the_last_command(
-    script: str, replaces_shell: bool, ends_at_once: bool, tmp_path: Path
+    script: str, needs_no_exec: bool, ends_at_once: bool, tmp_path: Path
 ) -> None:
     run = read(script, tmp_path)
     assert run.chain.program == "qmail-smtpd"
-    assert (run.replaces_shell, run.ends_at_once) == (replaces_shell, ends_at_once)
+    assert (run.needs_no_exec, run.ends_at_once) == (needs_no_exec, ends_at_once)
 
 
 def test_another_program_is_noted(tmp_path: Path) -> None:
