@@ -162,10 +162,10 @@ class Script:
         elif first == "for":
             self._run_for(block)
         elif first in ("{", "("):
-            before = self._variables.copy()
+            before = self._variables.copy() if first == "(" else None
             status = self._follow(block[1:-1])
             self._join(block[-1].redirections)
-            if first == "(":
+            if before:
                 self._end_of_shell(before)
             return status
         elif first in OPENING:
@@ -191,7 +191,7 @@ class Script:
     def _run_for(self, block: Sequence[Command]) -> None:
         """`for NAME in WORDS`, where all words are known."""
         words = block[0].words[1:]
-        known = [self._words.expand(word) for word in words[2:]]
+        known = [None if word.has_pattern else self._words.expand(word) for word in words[2:]]
         if len(words) < 2 or None in known or list(map(first_word, block[1:2])) != ["do"]:
             self._pass_over(block)
             return
@@ -206,9 +206,13 @@ class Script:
             self._passed_over.add(self.here)
             words = [word.source for command in commands for word in command.words]
             self._note(f"what depends on `{' '.join(words[:6])}` is not counted")
-        for command in commands:
+        passed, called = list(commands), set()
+        for command in passed:
             self._make(command)
             name = first_word(command)
+            if name in self._functions and name not in called:
+                called.add(name)
+                passed += self._functions[name]
             for word in command.words:
                 for name_set in filter(None, _MAY_SET.findall(word.source)):
                     self._variables.doubt(name_set[0] or name_set[1])

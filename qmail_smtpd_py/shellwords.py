@@ -61,6 +61,13 @@ class Word(NamedTuple):
         return "".join(part.text for part in self.parts)
 
     @property
+    def has_pattern(self) -> bool:
+        """Whether it may stand for names of files."""
+        return any(
+            part.kind == TEXT and not part.quoted and part.text in "*?[" for part in self.parts
+        )
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is written as it is meant, so that it can be one of the shell's own words."""
         return self.literal == self.source

@@ -62,6 +62,7 @@ def read(script: str, directory: Path) -> RunFile:
         ("set -e -a; A=x; set +a", "x"),
         ("for v in A; do A=x; export $v; done", "x"),
         ("for v in 1 2; do export A=$v; done", "2"),
+        ("for v in '*'; do export A=$v; done", "*"),
         # What commands would print
         ("export A=$(cat limit)", "7"),
         ("cd env; export A=$(cat ../limit)", "7"),
@@ -121,6 +122,10 @@ def test_values_that_are_known(script: str, value: str, tmp_path: Path) -> None:
         "case $1 in x) export A=x ;; esac",
         "for v in $(pick); do export A=$v; done",
         "for v in $(pick); do export $v; done; A=x",
+        "for v in ./*; do export A=$v; done",
+        "for v in [ab]; do export A=$v; done",
+        "f() { export A=x; }\nif pick; then f; fi",
+        "f() { g; }\ng() { f; export A=x; }\nif pick; then f; fi",
         "while pick; do export A=x; done",
         "A=x\npick && A=$(other) && export A",
         ". ./nothing",
