@@ -331,8 +331,10 @@ def test_systemd_units(systemd: ListenManager, home) -> None:
         assert rights(process) == {**none_but(mail_user()), "Groups": rights(process)["Groups"]}
     client = from_systemd(systemd)
     begin_message(client)
+    before = children(pid)
     systemd.control("reload", f"{systemd.unit}.service")
     systemd.wait_for_status(2)
+    eventually(lambda: len(before & children(pid)) == 1, "of the old workers the client's is left")
     assert systemd.pid == pid
     second = from_systemd(systemd)
     end_message(client)
