@@ -15,6 +15,8 @@ import shutil
 import socket
 from typing import NamedTuple
 
+from .unknown import is_known, joined
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +34,10 @@ class Answer(NamedTuple):
 
 
 _NOTHING = Answer("", is_ok=False)
+
+
+class NotKnown(Exception):
+    """What a file has, or whether it is there, is not known."""
 
 
 class Asker:
@@ -58,7 +64,10 @@ class Asker:
                 continue
             if command.before not in ("", "\n", ";", "&&", "||", "|"):
                 return None
-            found = self._ask_one(command, answer.text if command.before == "|" else "")
+            try:
+                found = self._ask_one(command, answer.text if command.before == "|" else "")
+            except NotKnown:
+                return None
             if found is None:
                 return None
             answer = found
@@ -81,15 +90,30 @@ class Asker:
         return asked(self, known[1:], text) if asked else None
 
     def content(self, path: str) -> str | None:
-        """A file's text, or None where it can not be read; no pipe is waited for."""
-        path = os.path.join(self._directory(), path)
+        """A file's text, or None where there is none; no pipe is waited for.  Raises NotKnown."""
+        path = self._found(path)
         try:
             if not os.path.isfile(path):
                 return None
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
                 return file.read(_LARGEST)
+        except PermissionError:
+            raise NotKnown from None
         except (OSError, ValueError):  # or it is no name at all
             return None
+
+    def _found(self, path: str) -> str:
+        """A path from where the script is; raises NotKnown where nobody knows, or may look."""
+        whole = joined(self._directory(), path)
+        if not is_known(whole):
+            raise NotKnown
+        try:
+            os.stat(whole)
+        except PermissionError:
+            raise NotKnown from None
+        except (OSError, ValueError):
+            pass  # it is not there, or is no name at all
+        return whole
 
     def knows(self, name: str | None) -> bool:
         """Whether it may have an answer for a command."""
@@ -117,11 +141,11 @@ class Asker:
     def _cut(self, words: Sequence[str], text: str) -> Answer | None:
         options = "".join(words)
         mark, _, field = options.removeprefix("-d").partition("-f")
-        if not options.startswith("-d") or len(mark) != 1 or not field.isdecimal():
+        if not options.startswith("-d") or len(mark) != 1 or field not in _FIELDS:
             return None
         lines = [line.split(mark) for line in text.splitlines()]
-        at = int(field[:4]) - 1
-        cut = [line[at] if 0 <= at < len(line) else "" for line in lines]
+        at = _FIELDS.index(field)
+        cut = [line[0] if len(line) == 1 else "".join(line[at : at + 1]) for line in lines]
         return Answer("".join(f"{word}\n" for word in cut))
 
     def _echo(self, words: Sequence[str], _: str) -> Answer | None:
@@ -165,14 +189,23 @@ class Asker:
             words = words[1:]
         if len(words) != 1:
             return None
+        if words[0] in _OF_SHELLS:
+            return Answer(words[0] + "\n")
         path = shutil.which(words[0], path=self._search())
         return Answer(path + "\n") if path else _NOTHING
 
     def _dirname(self, words: Sequence[str], _: str) -> Answer | None:
-        return Answer((os.path.dirname(words[0]) or ".") + "\n") if len(words) == 1 else None
+        if len(words) != 1:
+            return None
+        path = words[0].rstrip("/") or "/"
+        return Answer(
+            (os.path.dirname(path).rstrip("/") or ("/" if path[0] == "/" else ".")) + "\n"
+        )
 
     def _basename(self, words: Sequence[str], _: str) -> Answer | None:
-        return Answer(os.path.basename(words[0]) + "\n") if len(words) == 1 else None
+        if len(words) != 1:
+            return None
+        return Answer((os.path.basename(words[0].rstrip("/")) or words[0][:1]) + "\n")
 
     # Tests
 
@@ -197,10 +230,12 @@ class Asker:
         if operator in ("-n", "-z"):
             return bool(operand) is (operator == "-n")
         test = _OF_FILES.get(operator)
+        if test is None:
+            return None
         try:
-            return (
-                bool(operand) and test(os.path.join(self._directory(), operand)) if test else None
-            )
+            return bool(operand) and test(self._found(operand))
+        except NotKnown:
+            return None
         except (OSError, ValueError):
             return False
 
@@ -226,6 +261,14 @@ def _compare(left: str, operator: str, right: str) -> bool | None:
         return difference in _OF_NUMBERS[operator]
     return None
 
+
+_FIELDS = [str(number) for number in range(1, 100)]
+
+_OF_SHELLS = {
+    *("cd", "command", "echo", "eval", "exec", "export", "printf", "read", "set", "test", "["),
+    *("trap", "type", "ulimit", "umask", "unset", "wait"),
+}
+"""What `command -v` finds in no directory."""
 
 _OF_NUMBERS = {
     "-eq": (0,),

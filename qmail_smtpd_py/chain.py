@@ -15,6 +15,7 @@ import pwd
 import socket
 
 from . import options
+from .unknown import Unknown, is_known, joined, number_in
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,32 +67,16 @@ _SOFTLIMITS = {
 }
 """What each option of softlimit(8) limits, in the words of setrlimit(2)."""
 
+_TAKE_NUMBERS = ("gosu", "su-exec", "s6-setuidgid")
+"""Of the programs that become a user, those that can be given ids as well."""
+
 _NO_LIMIT = 2**63 - 1
 _LARGEST_ID = 2**32 - 2
 _LARGEST_PORT = 65535
-_MOST_DIGITS = 25
 
 PORTS = {"smtp": 25, "submission": 587, "smtps": 465, "submissions": 465, "ssmtp": 465, "urd": 465}
 
 DEFAULT_CONCURRENCY = 40
-
-
-class Unknown(str):
-    """A word that is not known, as it is written.  One that is not quoted may be any number of
-    words, and then `is_one` is false.
-    """
-
-    is_one = True
-
-
-def is_known(word: str) -> bool:
-    """Whether a word, or what was made of one, is what the program gets."""
-    return not isinstance(word, Unknown) and "$" not in word and "`" not in word
-
-
-def number_in(word: str) -> int | None:
-    """The number that a word is, or None; of one that is larger than any limit, its start."""
-    return int(word[:_MOST_DIGITS]) if word.isdecimal() else None
 
 
 class _KnownOptions(options.Options):
@@ -217,7 +202,7 @@ class Chain:
         elif name.endswith("envdir"):
             self._take_envdir(name, argument, environ)
         elif name.endswith(("setuidgid", "envuidgid", "gosu", "su-exec")):
-            self._become(name, argument, environ)
+            self._become(name, argument, environ, is_for_server=name.endswith("envuidgid"))
         return rest[positional:]
 
     def _search(self, words: list[str], told: bool = True) -> list[str]:
@@ -269,7 +254,7 @@ class Chain:
                 self.limit(resource, number)
 
     def _take_envdir(self, name: str, path: str, environ: dict[str, str]) -> None:
-        path = os.path.join(self.directory, path)
+        path = joined(self.directory, path)
         if not is_known(path):
             self.may_set_anything = self.has_gap = True
             return
@@ -281,25 +266,25 @@ class Chain:
             self.troubles.append((what, "make that directory, or correct its name"))
             self.may_set_anything = self.has_gap = True
 
-    def _become(self, name: str, account: str, environ: dict[str, str]) -> None:
-        """setuidgid and envuidgid: the user and its group, or what -U is to become."""
-        is_ours = not name.endswith("envuidgid")
-        account, _, group = account.partition(":")
+    def _become(
+        self, name: str, account: str, environ: dict[str, str], is_for_server: bool = False
+    ) -> None:
+        """A program becomes a user, with its group or another; or says whom -U is to become."""
+        takes_numbers = account.startswith(":") or name in _TAKE_NUMBERS
+        user, _, group = account.lstrip(":").partition(":")
         if not is_known(account):
             self.has_gap = True
-            if not is_ours:
+            if is_for_server:
                 environ.update(UID="$UID", GID="$GID")
             return
-        try:
-            user = pwd.getpwnam(account)
-        except (KeyError, ValueError):  # or it is no name at all
-            what = f"{name}: there is no user {account}, so the service does not start"
+        ids = _ids_of(user, group, takes_numbers)
+        if ids is None:
+            what = f"{name}: there is no user {user}, so the service does not start"
             self.troubles.append((what, "make the user, or correct the name"))
-            return
-        if is_ours:
-            self.uid, self.gid = user.pw_uid, _group_id(group) if group else user.pw_gid
+        elif is_for_server:
+            environ.update(UID=str(ids[0]), GID=str(ids[1]))
         else:
-            environ.update(UID=str(user.pw_uid), GID=str(user.pw_gid))
+            self.uid, self.gid = ids
 
     def _chpst(self, words: list[str], environ: dict[str, str]) -> list[str]:
         """chpst(8) of runit, which does what several of the others do."""
@@ -309,8 +294,7 @@ class Chain:
             if flag == "-e":
                 self._take_envdir("chpst", value, environ)
             elif flag in ("-u", "-U"):
-                name = "setuidgid" if flag == "-u" else "envuidgid"
-                self._become(name, value.lstrip(":"), environ)
+                self._become("chpst", value, environ, is_for_server=flag == "-U")
         return rest
 
     def _env(self, words: list[str], environ: dict[str, str]) -> list[str]:
@@ -405,7 +389,7 @@ class Chain:
         elif flag == "-l":
             self.local_host = value
         elif flag == "-x":
-            path = os.path.join(self.directory, value)
+            path = joined(self.directory, value)
             self.rules = path if is_known(path) else None
             self.lacks_rules = not self.rules
         elif flag == "-X":
@@ -413,11 +397,12 @@ class Chain:
         elif flag in ("--helper", "--pid-file", "--log-file"):
             if flag == "--helper":
                 self.helper = value
-            self.files[flag] = os.path.normpath(os.path.join(self.directory, value))
+            path = joined(self.directory, value)
+            self.files[flag] = os.path.normpath(path) if is_known(path) else path
 
     def _limit_connections(self, value: str) -> None:
         """-c of a server; to those that are not ours it is the number that it begins with, or 0."""
-        if not is_known(value) or os.path.isfile(os.path.join(self.directory, value)):
+        if not is_known(value) or os.path.isfile(joined(self.directory, value)):
             self.concurrency = None  # to patched servers it may be the name of a file
             return
         value = value.strip() if self.server == LISTENER else value
@@ -471,12 +456,19 @@ def _is_port(word: str) -> bool:
     return word.isdecimal() or word in PORTS
 
 
-def _group_id(name: str) -> int | None:
-    """The id of a group, by name or by number; None where there is none."""
+def _ids_of(user: str, group: str, takes_numbers: bool) -> tuple[int, int | None] | None:
+    """The ids that user and group stand for, or are; None for a user that is not there."""
+    if takes_numbers and user.isdecimal():
+        return int(user[:10]), number_in(group)
     try:
-        return grp.getgrnam(name).gr_gid
+        found = pwd.getpwnam(user)
     except (KeyError, ValueError):  # or it is no name at all
-        return number_in(name)
+        return None
+    try:
+        gid = grp.getgrnam(group).gr_gid if group else found.pw_gid
+    except (KeyError, ValueError):
+        return found.pw_uid, number_in(group)
+    return found.pw_uid, gid
 
 
 def read_envdir(path: str, environ: dict[str, str]) -> None:

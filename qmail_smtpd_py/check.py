@@ -23,7 +23,7 @@ from . import (
     check_session,
     check_start,
 )
-from .chain import LISTENER, Chain, is_known, read_envdir
+from .chain import LISTENER, Chain, read_envdir
 from .findings import Report
 from .log import where
 from .process import environment
@@ -31,6 +31,7 @@ from .rights import group_name, owner, user_name
 from .runfile import RunFile
 from .shellwords import is_for_shell
 from .subject import SERVICE_VARIABLES, Subject
+from .unknown import is_known
 
 MISUSED = 100
 

@@ -7,9 +7,9 @@ import re
 import shutil
 
 from . import users_file
-from .chain import is_known
 from .rights import has_setuid, obstacle, owner, program_trouble, user_name
 from .settings import auth_policy
+from .unknown import is_known
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

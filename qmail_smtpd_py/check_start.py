@@ -8,8 +8,9 @@ import os
 import shutil
 import stat
 
-from .chain import LISTENER, is_known
+from .chain import LISTENER
 from .rights import obstacle, program_trouble, remedy_for_directory
+from .unknown import is_known, joined
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def _examine_other(name: str, directory: str, search: str | None, report: Report
     """See that a program before ours is there; where nobody knows PATH, its name says nothing."""
     if not is_known(name) or ("/" not in name and search is None):
         return
-    if "/" in name and not is_known(os.path.join(directory, name)):
+    if "/" in name and not is_known(joined(directory, name)):
         return
     if "/" in name:
         trouble, remedy = program_trouble(os.path.join(directory, name))

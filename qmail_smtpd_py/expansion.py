@@ -6,14 +6,14 @@ import os
 import pwd
 
 from . import shellwords
-from .answers import Asker
-from .chain import Unknown
+from .answers import Answer, Asker
+from .unknown import Unknown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .script import Script
+    from .shell import Shell
     from .shellvariables import Variables
     from .shellwords import Part, Word
 
@@ -34,7 +34,7 @@ class Expansion:
     def __init__(
         self,
         variables: Variables,
-        script: Script,
+        script: Shell,
         note: Callable[[str], None],
     ) -> None:
         self.asker = Asker(
@@ -73,6 +73,7 @@ class Expansion:
         return self.parted(word, text)
 
     def parted(self, word: Word, text: str) -> list[str]:
+        """The words that sh makes of a word's text."""
         return text.split() if is_bare(word) else [text]
 
     def expand(self, word: Word) -> str | None:
@@ -84,7 +85,8 @@ class Expansion:
         if part.kind == shellwords.TEXT:
             return part.text
         if part.kind == shellwords.COMMAND:
-            return self._answer(part.text)
+            answer = self.answer(part.text)
+            return answer.text if answer else None
         if part.kind == shellwords.VARIABLE:
             return self._variable(part)
         if part.kind == shellwords.HOME:
@@ -115,7 +117,7 @@ class Expansion:
         except KeyError:
             return f"~{user}"
 
-    def _answer(self, script: str) -> str | None:
+    def answer(self, script: str) -> Answer | None:
         """What a command would print, of those that need not be run to know it, or None."""
         if script.count("$(") > _DEEPEST:
             return None
@@ -123,8 +125,7 @@ class Expansion:
             commands = shellwords.parse(script)
         except shellwords.ScriptError:
             return None
-        answer = self.asker.ask(commands)
-        return answer.text if answer else None
+        return self.asker.ask(commands)
 
 
 def is_bare(word: Word) -> bool:

@@ -106,7 +106,7 @@ class Board:
         self._memory[_LOOKING] = soon
 
     def free_place(self) -> int:
-        """A place without a worker; -1 if there is none."""
+        """A place without a worker; negative if there is none."""
         return self._memory.find(_EMPTY, _FIRST, self._end) - _FIRST
 
     @property
@@ -166,7 +166,10 @@ class Place:
         self._parent = parent
 
     def begin(self) -> None:
-        """A connection was accepted; the parent is told if too few others wait for the next."""
+        """A connection was accepted; the parent is told if too few others wait for the next, and
+        there is a place for one more: one that becomes free does so by a death, and of that SIGCHLD
+        tells.
+        """
         self.board.take_turn(self._number)
         board = self.board
         if board.idle < self._least_idle and not board.is_looking and board.free_place() >= 0:

@@ -14,13 +14,13 @@ import os
 
 from .chain import LISTENER, SMTPD, Chain
 from .script import Script, used_variables
+from .shellvariables import Variables
 from .shellwords import first_word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from .shellvariables import Variables
     from .shellwords import Command, Redirection, Word
 
 _MOST_SHELLS = 20  # with a script of their own, which may start the next
@@ -75,12 +75,13 @@ class RunFile(Script):
         if not texts:  # of variables that are empty
             return
         exported = self._variables.environ
-        environ = {**exported, **{k: v for k, v in assigned.items() if v is not None}}
+        environ = self._environ_with(assigned)
         self.chain.directory = self.directory
         if self.chain.follow(texts, environ):
             self._started_with = environ
             self.dropped = [name for name in exported if name not in environ]
-            self.needs_no_exec = replaces_shell or command.after in ("|", "|&", "&")
+            is_last = replaces_shell or command.after in ("|", "|&", "&")
+            self.needs_no_exec = is_last and not self._parentheses
             self.is_piped = command.after in ("|", "|&")
             self.ends_at_once = command.after == "&" and command is self._last
             self._join(command.redirections)
@@ -94,6 +95,17 @@ class RunFile(Script):
         else:
             self._note(f"what `{texts[0]}` does is not known")
 
+    def _environ_with(self, assigned: dict[str, str | None]) -> dict[str, str]:
+        """The environment of a program with variables of its own, where None is not known."""
+        environ = dict(self._variables.environ)
+        for name, value in assigned.items():
+            environ.pop(name, None)
+            if value is None:
+                self._variables.doubt(name)
+            else:
+                environ[name] = value
+        return environ
+
     def _follow_shell(self, script: str, environ: dict[str, str]) -> None:
         """A shell with a script of its own; what that sets is gone with it."""
         self.chain.script = None
@@ -101,15 +113,22 @@ class RunFile(Script):
         if self._shells > _MOST_SHELLS:
             self._note("so many shells with scripts are not followed")
             return
-        before, self._variables.environ = self._variables.environ, environ
+        end_shell = self._begin_shell()
+        self._variables = self._words.variables = Variables(environ)
+        self._functions, self._words.positional = {}, None
         self._read(script, "the script of a shell")
-        self._is_over = self.chain.program is not None
-        self._variables.environ = before
+        end_shell()
 
-    def _end_of_shell(self, before: Variables) -> None:
-        super()._end_of_shell(before)
-        self.needs_no_exec = False
-        self._is_over = self.chain.program is not None
+    def _begin_shell(self) -> Callable[[], None]:
+        end_shell, limits = super()._begin_shell(), dict(self.chain.limits)
+
+        def end() -> None:
+            end_shell()
+            self._is_over = self.chain.program is not None
+            if not self._is_over:
+                self.chain.limits = limits
+
+        return end
 
     def _join(self, redirections: Sequence[Redirection]) -> None:
         """Heed where `exec 2>&1`, or the last command, sends descriptor 2."""
@@ -139,7 +158,7 @@ class RunFile(Script):
     def _limit(self, resource: str, number: int | None) -> None:
         self.chain.limit(resource, number)
 
-    def _leave(self, commands: Sequence[Command]) -> None:
+    def _stop_before(self, commands: Sequence[Command]) -> None:
         """Note what stands behind the program that was found, and would be another."""
         for command in commands:
             names = [os.path.basename(word.source) for word in command.words]

@@ -11,6 +11,10 @@ _EXPORTED = ("PATH", "HOME", "USER", "SHELL", "LANG", "TZ")
 """What init exports already: sh exports a variable that came with the environment again."""
 
 
+_OF_SHELLS = ("PWD", "UID", "EUID", "PPID", "HOSTNAME", "IFS", "RANDOM")
+"""What a shell sets by itself."""
+
+
 class Variables:
     """Variables as a script sets them.
 
@@ -34,7 +38,7 @@ class Variables:
 
     def is_unset(self, name: str) -> bool:
         """Whether the script leaves it unset, and nothing that is not known may set it."""
-        is_set = name in self._values or name in self.environ
+        is_set = name in self._values or name in self.environ or name in (*_EXPORTED, *_OF_SHELLS)
         return not is_set and not self.may_have(name)
 
     def may_have(self, name: str) -> bool:

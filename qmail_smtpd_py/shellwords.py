@@ -217,6 +217,11 @@ class _Parser:
         while len(words) > 1 and words[0].is_plain and words[0].source in _RESERVED:
             self._commands.append(Command(line, words[:1], [], self._before, ""))
             words, self._before = words[1:], ""
+        if len(words) > 2 and words[0].source == "function":  # bash's way
+            self._commands.append(Command(line, words[1:2], [], self._before, "()"))
+            self._before = "()"
+            self._add(line, words[2:], redirections, operator)
+            return
         if words or redirections:
             self._commands.append(Command(line, words, redirections, self._before, operator))
         if words or redirections or operator != "\n":
@@ -331,6 +336,12 @@ class _Parser:
         self._at = end + 1
         return self._text[start:end]
 
+    def _in_backquotes(self) -> str:
+        """Take a command in backquotes, in which others are escaped; raises ScriptError."""
+        start = self._at + 1
+        self._at = _end_of_quote(self._text, start, "`")
+        return re.sub(r"\\([$`\\])", r"\1", self._text[start : self._at - 1])
+
     def _double_quoted(self) -> list[Part]:
         self._at += 1
         parts = [Part(TEXT, "", True)]
@@ -356,7 +367,7 @@ class _Parser:
         """Take `$NAME`, `${...}`, `$(...)` or a command in backquotes."""
         text = self._text
         if text[self._at] == "`":
-            return Part(COMMAND, self._until("`"), quoted)
+            return Part(COMMAND, self._in_backquotes(), quoted)
         following = text[self._at + 1 : self._at + 2]
         if following == "(":
             start = self._at + 2
@@ -365,8 +376,11 @@ class _Parser:
             return Part(UNKNOWN if inside.startswith("(") else COMMAND, inside, quoted)
         if following == "{":
             start = self._at + 2
-            self._at = _end_of(text, start, "{}")
+            self._at = _end_of(text, start, "{}", quoted)
             return _braced(text[start : self._at - 1], quoted)
+        if following == "'" and not quoted:  # bash's way to write a line feed
+            self._at = _end_of_quote(text, self._at + 2)
+            return Part(UNKNOWN, "", quoted)
         end = self._at + 1
         while end < len(text) and text[end] in _NAME:
             end += 1
@@ -394,9 +408,19 @@ def _braced(inside: str, quoted: bool) -> Part:
     return Part(UNKNOWN, f"${{{inside}}}", quoted)
 
 
-def _end_of(text: str, start: int, pair: str) -> int:
-    """Behind the parenthesis, or brace, that ends what is inside from `start` on; raises
+def _end_of_quote(text: str, start: int, mark: str = "'") -> int:
+    """Behind the mark that ends what is quoted from `start` on, where a backslash escapes; raises
     ScriptError.
+    """
+    found = re.compile(rf"(?:[^\\{mark}]|\\.)*{mark}", re.DOTALL).match(text, start)
+    if not found:
+        raise ScriptError(f"a {mark} without its end")
+    return found.end()
+
+
+def _end_of(text: str, start: int, pair: str, is_quoted: bool = False) -> int:
+    """Behind the parenthesis, or brace, that ends what is inside from `start` on; raises
+    ScriptError.  In double quotation marks a single one is itself.
     """
     depth, mark, is_escaped = 1, "", False
     for at in range(start, len(text)):
@@ -407,7 +431,7 @@ def _end_of(text: str, start: int, pair: str) -> int:
             is_escaped = True
         elif mark:
             mark = "" if letter == mark else mark
-        elif letter in "'\"":
+        elif letter == '"' or (letter == "'" and not is_quoted):
             mark = letter
         elif letter in pair:
             depth += 1 if letter == pair[0] else -1

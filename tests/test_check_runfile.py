@@ -212,7 +212,7 @@ def test_values_that_are_not_known(script: str) -> None:
 
 def test_what_is_too_deep_is_not_followed() -> None:
     nested = "NAME=" + "$(cat " * 400 + "x" + ")" * 400
-    shells = "SHELLS='sh -c \"$SHELLS\"; sh -c \"$SHELLS\"'\nsh -c \"$SHELLS\""
+    shells = "export SHELLS='sh -c \"$SHELLS\"; sh -c \"$SHELLS\"'\nsh -c \"$SHELLS\""
     run = read(f"{nested}\n{shells}\n{LAST}")
     assert run.chain.program == "qmail-smtpd"
     assert len(run.notes) == 2

@@ -4,12 +4,14 @@ claimed of that.
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 from pathlib import Path
 
 import pytest
 
+from qmail_smtpd_py import answers
 from qmail_smtpd_py.runfile import RunFile
 
 ROOT = pwd.getpwnam("root")
@@ -63,6 +65,14 @@ def read(script: str, directory: Path) -> RunFile:
         ("for v in A; do A=x; export $v; done", "x"),
         ("for v in 1 2; do export A=$v; done", "2"),
         ("for v in '*'; do export A=$v; done", "*"),
+        ('export "A=x"', "x"),
+        ('export A"=x"', "x"),
+        ("declare -x 'A=x'", "x"),
+        ("A=1; A=2 B=$A; export A=$B", "2"),
+        ("for v in 1 2; do export A=$v; break; done", "1"),
+        ("for v in 1 2; do [ $v = 2 ] && continue; export A=$v; done", "1"),
+        ('export A="${B:-it\'s}"', "it's"),
+        ("export A=x; set -euo pipefail", "x"),
         # What commands would print
         ("export A=$(cat limit)", "7"),
         ("cd env; export A=$(cat ../limit)", "7"),
@@ -79,6 +89,14 @@ def read(script: str, directory: Path) -> RunFile:
         ('cd "$(dirname "$0")"; export A=$(cat limit)', "7"),
         ("cd ${0%/*}; export A=$(cat limit)", "7"),
         ("read A < limit; export A", "7"),
+        ("A=$(cat none 2>/dev/null) || A=9; export A", "9"),
+        ("A=$(cat limit) || A=9; export A", "7"),
+        ("export A=`echo \\`cat limit\\``", "7"),
+        ("export A=$(echo 20 | cut -d: -f2)", "20"),
+        ("export A=$(echo a:b | cut -d: -f3)", ""),
+        ("export A=$(basename /x/20/)", "20"),
+        ("export A=$(dirname a/b/)$(dirname /b)$(dirname b)", "a/."),
+        ("command -v ulimit > /dev/null && export A=x", "x"),
         # Branches
         ("if [ -f limit ]; then export A=x; else export A=y; fi", "x"),
         ("if [ ! -f limit ]; then export A=x; else export A=y; fi", "y"),
@@ -99,6 +117,11 @@ def read(script: str, directory: Path) -> RunFile:
         ("[ -r settings ] && . ./settings; export A=$B", "from a file"),
         ("f() { export A=x; }\nf", "x"),
         ("f() {\n  export A=x\n}\nexport A=y", "y"),
+        ("f() { return 0; export A=y; }\nexport A=x\nf", "x"),
+        ("f() { return 1; }\nexport A=x\nf && export A=y", "x"),
+        ("f() { if [ -d env ]; then return; fi; export A=y; }\nexport A=x\nf", "x"),
+        ("function f {\n  export A=y\n}\nexport A=x", "x"),
+        ("function f() { export A=x; }\nf", "x"),
         ("eval 'export A=x'", "x"),
         ("cat > /dev/null <<EOF\n'not \" this $(\nEOF\nexport A=x", "x"),
         ("cat <<-'END' >/dev/null\n\tnot this\n\tEND\nexport A=x", "x"),
@@ -134,6 +157,20 @@ def test_values_that_are_known(script: str, value: str, tmp_path: Path) -> None:
         'eval "$(pick)"',
         'read A < "$1"; export A',
         "[ $1 ] && export A=x",
+        "A=$(pick) exec tcpserver 0 25 qmail-smtpd",
+        "export A=x\nA=$(pick) exec tcpserver 0 25 qmail-smtpd",
+        "export $(pick)",
+        "export A=${PWD:-x}",
+        "export A=${HOME:-x}",
+        "[[ mail == ma* ]] && export A=x",
+        "[[ b < a ]] && export A=x",
+        "cd $(pick)\n[ -f limit ] && export A=x",
+        "cd $(pick)\nexport A=$(cat max || echo 20)",
+        "if pick; then cd /; fi\n[ -f limit ] && export A=x",
+        "cd -\n[ -f limit ] && export A=x",
+        "f() { [ $1 ] && return; export A=x; }\nf",
+        "for v in 1 2; do if pick; then break; fi; export A=$v; done",
+        "A=1; A+=2; export A",
     ],
 )
 def test_values_that_are_not_known(script: str, tmp_path: Path) -> None:
@@ -151,6 +188,11 @@ def test_values_that_are_not_known(script: str, tmp_path: Path) -> None:
         ". ./nothing\nunset A",
         "if pick; then export A=x; fi\nunset A",
         "( export A=x )",
+        "{ export A=x; } | cat",
+        "if [ -d env ]; then export A=x; fi | cat",
+        "f() { export A=x; }\nf | cat",
+        "f() { export A=x; }\nf &",
+        "sh -c 'export A=x'",
         "export A=x | cat",
         "export A=x &",
         "export A=x; export -n A",
@@ -162,6 +204,38 @@ def test_what_is_surely_unset(script: str, tmp_path: Path) -> None:
     run = read(f"{script}\n{LAST}", tmp_path)
     assert "A" not in run.environ
     assert not run.may_set("A")
+
+
+def test_what_is_local_is_not_known_behind_its_function(tmp_path: Path) -> None:
+    assert read(f"f() {{ local A=x; }}\nf\nexport A\n{LAST}", tmp_path).may_set("A")
+
+
+def test_bash_s_quotation_marks_end_where_they_do(tmp_path: Path) -> None:
+    run = read(f"IFS=$'\\n\\''; export A=x\n{LAST}", tmp_path)
+    assert (run.environ["A"], len(run.notes)) == ("x", 1)
+
+
+def test_what_a_shell_of_its_own_changes_is_gone_with_it(tmp_path: Path) -> None:
+    for script in ("(cd /; ulimit -v 9)", "sh -c 'cd /; ulimit -v 9'", "{ cd /; } | cat"):
+        chain = read(f"{script}\n{LAST}", tmp_path).chain
+        assert (chain.directory, chain.limits) == (str(tmp_path), {})
+
+
+def test_a_shell_has_what_is_exported_to_it(tmp_path: Path) -> None:
+    script = "export MAX=20; B=1\nexec env MAX=99 sh -c 'exec tcpserver -c $MAX -x \"$B\" 0 25 %s'"
+    chain = read(script % "qmail-smtpd", tmp_path).chain
+    assert (chain.concurrency, chain.lacks_rules) == (99, True)
+
+
+@pytest.mark.parametrize("script", ["[ -f limit ] && export A=x", "export A=$(cat limit || pick)"])
+def test_a_file_that_may_not_be_looked_at(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, path)
+
+    monkeypatch.setattr(answers.os, "stat", refuse)
+    assert read(f"{script}\n{LAST}", tmp_path).may_set("A")
 
 
 def test_set_plus_a_ends_set_minus_a(tmp_path: Path) -> None:
@@ -234,6 +308,9 @@ def test_limits_that_are_no_numbers(chain: str, tmp_path: Path) -> None:
     [
         "chpst -u root:daemon tcpserver",
         "gosu root:daemon tcpserver",
+        "chpst -u :0:1 tcpserver",
+        "gosu 0:1 tcpserver",
+        "s6-setuidgid 0:1 tcpserver",
         "setuidgid -s root tcpserver -g 1",
         "s6-setuidgid root tcpserver -g 1",
         "chpst -U root:x tcpserver -U -g 1",
@@ -282,8 +359,9 @@ def test_what_is_not_known_of_a_server(word: str, tmp_path: Path) -> None:
     assert chain.lacks_rules is (word != "limit")
 
 
-def test_directories_that_are_not_known(tmp_path: Path) -> None:
-    run = read("cd $(pick)\nexec envdir env tcpserver -x a.cdb 0 25 ./qmail-smtpd", tmp_path)
+@pytest.mark.parametrize("script", ["cd $(pick)", "if pick; then cd /; fi", "cd"])
+def test_directories_that_are_not_known(script: str, tmp_path: Path) -> None:
+    run = read(f"{script}\nexec envdir env tcpserver -x a.cdb 0 25 ./qmail-smtpd", tmp_path)
     assert run.chain.troubles == []
     assert (run.chain.rules, run.chain.lacks_rules, run.may_set("A")) == (None, True, True)
 

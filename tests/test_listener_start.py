@@ -87,7 +87,7 @@ def test_who_reads_the_port_comes_to_an_end(mx: Stage) -> None:
             assert files == [os.devnull] * 2
 
 
-def test_the_port_is_not_told_before_it_serves(mx: Stage) -> None:
+def test_the_port_is_not_told_before_rights_are_given_up(mx: Stage) -> None:
     need_root()
 
     def lose_rights() -> None:
