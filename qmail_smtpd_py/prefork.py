@@ -5,11 +5,11 @@ end, and tells them to stop; all of them wait by epoll(7) on one socket, and for
 kernel wakes one.  What the parent must know of them stands in memory that all share, the Board, so
 that a connection costs the parent nothing:
 
-    a worker    marks its place busy or idle; where too few are idle and another could be forked, it
-                writes an octet to the parent's pipe, unless the parent is going to look anyway; it ends after so many
-                connections, when told to, and when too many are idle; that it is told shows on the
-                board, and by the end of a pipe that the parent holds open, which also ends with
-                the parent
+    a worker    marks its place busy or idle; where too few are idle and another could be forked,
+                it writes an octet to the parent's pipe, unless the parent is going to look anyway;
+                it ends after so many connections, when told to, and when too many are idle; that
+                it is told shows on the board, and by the end of a pipe that the parent holds open,
+                which also ends with the parent
     the parent  sleeps until that pipe, a signal or a dead worker wakes it, and forks until enough
                 are idle, but never more than the limit of connections; where workers are soon
                 ready for their next connection, it forks one at a time: then the processors are
