@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from .shellwords import Command, Word
 
-_LARGEST = 65536  # octets of a file that is read for `cat` or `head`
+_LARGEST = 65536  # characters of a file that is read
+_OF_THE_KERNEL = ("/proc/", "/sys/", "/dev/")
 
 
 class Answer(NamedTuple):
@@ -55,10 +56,13 @@ class Asker:
         self._directory = directory
         self._search = search
         self.missing_users: list[str] = []
+        self._missing = ""
 
-    def ask(self, commands: Sequence[Command]) -> Answer | None:
-        """What commands would print, as `$(...)` has it."""
-        printed, answer = "", Answer("")
+    def ask(self, commands: Sequence[Command], is_for_value: bool = False) -> Answer | None:
+        """What commands would print, as `$(...)` has it; a user who is not there is told of where
+        that is a value.
+        """
+        printed, answer, self._missing = "", Answer(""), ""
         for command in commands:
             if command.before in ("&&", "||") and answer.is_ok is not (command.before == "&&"):
                 continue
@@ -72,31 +76,45 @@ class Asker:
                 return None
             answer = found
             printed += "" if command.after == "|" else answer.text
+        if is_for_value and self._missing and not answer.is_ok:
+            self.missing_users.append(self._missing)
+            return None
         return Answer(printed.rstrip("\n"), answer.is_ok)
 
     def _ask_one(self, command: Command, text: str) -> Answer | None:
         """What one command prints that is given a text."""
+        is_lost = False
         for redirection in command.redirections:
             target = self._value(redirection.target)
             if redirection.operator == "<" and target is not None:
                 text = self.content(target) or ""
-            elif not redirection.operator.startswith("2>") and target != os.devnull:
-                return None
+            elif not redirection.operator.startswith("2>"):
+                if target != os.devnull:
+                    return None
+                is_lost = True
         words = [self._value(word) for word in command.words]
         known = [word for word in words if word is not None]
         if len(known) != len(words) or not known:
             return None
         asked = _COMMANDS.get(os.path.basename(known[0]))
-        return asked(self, known[1:], text) if asked else None
+        answer = asked(self, known[1:], text) if asked else None
+        return answer._replace(text="") if answer and is_lost else answer
 
     def content(self, path: str) -> str | None:
-        """A file's text, or None where there is none; no pipe is waited for.  Raises NotKnown."""
+        """A file's text, or None where there is none; no pipe or device is waited for.  Raises
+        NotKnown.
+        """
         path = self._found(path)
         try:
             if not os.path.isfile(path):
                 return None
+            if os.path.realpath(path).startswith(_OF_THE_KERNEL):
+                raise NotKnown
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
-                return file.read(_LARGEST)
+                text = file.read(_LARGEST + 1)
+            if len(text) > _LARGEST:
+                raise NotKnown
+            return text
         except PermissionError:
             raise NotKnown from None
         except (OSError, ValueError):  # or it is no name at all
@@ -174,8 +192,8 @@ class Asker:
             return None
         entry = _entry("passwd", names[0])
         if entry is None:
-            self.missing_users.append(names[0])
-            return None
+            self._missing = names[0]
+            return None if names[0].isdecimal() else _NOTHING
         return Answer(entry[2 if options == ["-u"] else 3] + "\n")
 
     def _getent(self, words: Sequence[str], _: str) -> Answer | None:
@@ -187,7 +205,7 @@ class Asker:
     def _which(self, words: Sequence[str], _: str) -> Answer | None:
         if words[:1] == ["-v"]:  # command -v
             words = words[1:]
-        if len(words) != 1:
+        if len(words) != 1 or words[0].startswith("-"):
             return None
         if words[0] in _OF_SHELLS:
             return Answer(words[0] + "\n")

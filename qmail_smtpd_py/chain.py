@@ -108,8 +108,9 @@ class Chain:
 
     `troubles` are what keeps the chain from getting to its end, and remedies; `odd_ids` the words
     for a server's -u and -g that are no numbers.  `has_gap` is whether a program in it may change
-    more than is known, `may_set_anything` and `has_cleared` what that is of the environment, and
-    `lacks_rules` whether there are rules whose file is not known.
+    more than is known, `may_set_anything` and `has_cleared` what that is of the environment,
+    `doubtful` the variables that it sets to what is not known, and `lacks_rules` whether there are
+    rules whose file is not known.
     """
 
     def __init__(self, directory: str, note: Callable[[str], None]) -> None:
@@ -141,6 +142,7 @@ class Chain:
         self.has_gap = False
         self.has_cleared = False
         self.may_set_anything = False
+        self.doubtful: set[str] = set()
         self.lacks_rules = False
 
     def limit(self, resource: str, number: int | None) -> None:
@@ -251,7 +253,9 @@ class Chain:
                 what = f"{name} {flag} {value!a} is no number, so the service does not start"
                 self.troubles.append((what, "write digits only, without a unit"))
             for resource in _SOFTLIMITS.get(flag[1:], ()):
-                self.limit(resource, number)
+                hard = self.limits.get(resource, number)
+                is_lower = hard is not None and number is not None and hard < number
+                self.limit(resource, hard if is_lower else number)
 
     def _take_envdir(self, name: str, path: str, environ: dict[str, str]) -> None:
         path = joined(self.directory, path)
@@ -305,16 +309,19 @@ class Chain:
         for flag, value in flags:
             if flag in ("-i", "--ignore-environment"):
                 environ.clear()
-                self.has_cleared = True
+                self.doubtful.clear()
+                self.has_cleared, self.may_set_anything = True, False
             else:
                 environ.pop(value, None)
         while rest and "=" in rest[0]:
             word = rest.pop(0)
             name, _, value = word.partition("=")
+            environ.pop(name, None)
+            self.doubtful.discard(name)
             if is_known(word):
                 environ[name] = value
             else:
-                self.may_set_anything = self.has_gap = True
+                self.doubtful.add(name)
         return rest
 
     def _serve(self, name: str, words: list[str], environ: dict[str, str]) -> list[str]:

@@ -38,7 +38,7 @@ class Expansion:
         note: Callable[[str], None],
     ) -> None:
         self.asker = Asker(
-            self.expand,
+            lambda word: None if word.has_pattern else self.expand(word),
             lambda: script.directory,
             lambda: self.variables.value("PATH") or os.defpath,
         )
@@ -65,10 +65,10 @@ class Expansion:
         """The words that sh makes of one: what is not quoted is parted at blanks."""
         if word.source in _POSITIONAL and self.positional is not None:
             return list(self.positional)
-        text = self.value(word)
+        text = None if word.has_pattern else self.value(word)
         if text is None:
             unknown = Unknown(word.source)
-            unknown.is_one = not is_bare(word) and "@" not in word.source
+            unknown.is_one = not (is_bare(word) or word.has_pattern or "@" in word.source)
             return [unknown]
         return self.parted(word, text)
 
@@ -125,7 +125,7 @@ class Expansion:
             commands = shellwords.parse(script)
         except shellwords.ScriptError:
             return None
-        return self.asker.ask(commands)
+        return self.asker.ask(commands, is_for_value=True)
 
 
 def is_bare(word: Word) -> bool:

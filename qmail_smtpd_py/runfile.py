@@ -43,21 +43,30 @@ class RunFile(Script):
         self.dropped: list[str] = []
         self.has_joined_log = False
         self.needs_no_exec = self.is_piped = self.ends_at_once = False
-        self.made_directories: set[str] = set()
         self._shells = 0
         self._started_with: dict[str, str] | None = None
-        self._read(script.replace("\0", ""), "the script")  # sh passes over them
+        try:
+            self._read(script.replace("\0", ""), "the script")  # sh passes over them
+        except (MemoryError, RecursionError):
+            self._note("the script is too deep to be read to its end")
+            self._doubt_all()
         started, unexported = self._started_with, self._variables.unexported(self._read_so_far)
         self.environ = self._variables.environ if started is None else started
-        self.unexported = [found for found in unexported if found[1] not in self.environ]
+        self.unexported = [
+            found
+            for found in unexported
+            if found[1] not in self.environ and found[1] not in self.chain.doubtful
+        ]
 
     def may_set(self, name: str) -> bool:
         """Whether it may export a variable, or a program of the chain may, with a value that is not
         known.
         """
-        if name in self.environ or self.chain.has_cleared:
+        if name in self.environ:
             return False
-        return self.chain.may_set_anything or self._variables.may_have(name)
+        if name in self.chain.doubtful or self.chain.may_set_anything:
+            return True
+        return not self.chain.has_cleared and self._variables.may_have(name)
 
     def never_set(self, word: str) -> list[str]:
         """The variables in a word, as it is written, that nothing in the script can have set."""

@@ -70,6 +70,8 @@ class Script(Shell):
                 status = OPEN
             elif is_reached:
                 status = self._run(block)
+            elif command.before in ("|", "|&"):
+                status = OPEN  # that of a pipeline is its last command's
         self._stop_before(commands[at:])
         self._depth -= 1
         return status
@@ -141,31 +143,38 @@ class Script(Shell):
             self._note(f"what depends on `{' '.join(words[:6])}` is not counted")
         passed, called = list(commands), set()
         for command in passed:
-            self._make(command)
             name = first_word(command)
             if name in _LEAVING and (self._calls or name != "return"):
                 self._may_leave = True
             elif name in self._functions and name not in called:
                 called.add(name)
                 passed += self._functions[name]
-            for word in command.words:
-                for name_set in filter(None, _MAY_SET.findall(word.source)):
-                    self._variables.doubt(name_set[0] or name_set[1])
-            if name in (".", "source", "eval"):
-                self._doubt_all()
-            elif name in _DECLARING:
-                for word in command.words[1:]:
-                    if word.source.isidentifier():
-                        self._variables.doubt(word.source)
-                    elif not word.is_plain and "=" not in word.source:
-                        self._doubt_all()
-                        self._variables.doubt_exports()
-            elif name == "cd" and len(command.words) == 2:
-                self.directory = Unknown(command.words[1].source)
-            elif name == "ulimit":
-                self._heed_ulimit(command.words[1:], is_known=False)
-            elif name == "set":
-                self._words.positional = None
+            self._doubt_what_it_changes(name, command)
+
+    def _doubt_what_it_changes(self, name: str | None, command: Command) -> None:
+        """Have what a command would set or change be not known, if that is run or not."""
+        self._make(command)
+        for word in command.words:
+            for name_set in filter(None, _MAY_SET.findall(word.source)):
+                self._variables.doubt(name_set[0] or name_set[1])
+        arguments = command.words[1:]
+        if name in (".", "source", "eval"):
+            self._doubt_all()
+        elif name in _DECLARING:
+            for word in arguments:
+                if word.source.isidentifier():
+                    self._variables.doubt(word.source)
+                elif not word.is_plain and "=" not in word.source:
+                    self._doubt_all()
+                    self._variables.doubt_exports()
+        elif name == "cd":
+            self.directory = Unknown("cd")
+        elif name == "ulimit":
+            self._heed_ulimit(arguments, is_known=False)
+        elif name == "set":
+            self._words.positional = None
+            if any("a" in word.source for word in arguments):
+                self._variables.exports_all = None
 
 
 def _is_harmless(command: Command) -> bool:

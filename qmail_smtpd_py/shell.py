@@ -14,7 +14,7 @@ from .answers import NotKnown
 from .expansion import Expansion
 from .shellvariables import Variables
 from .shellwords import COMMAND, assignment, first_word, written
-from .unknown import Unknown, joined, number_in
+from .unknown import Unknown, is_known, joined, number_in
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ HARMLESS = {
 """Commands that change nothing of what the last one is started with, or are told of elsewhere."""
 
 TESTS = ("[", "test", "[[")
-_ASKING = (*("grep", "egrep", "fgrep", "pgrep", "cmp", "diff", "hash", "type", "read"), *TESTS)
+_ASKING = {
+    *("grep", "egrep", "fgrep", "pgrep", "pidof", "cmp", "diff", "hash", "type", "read", "id"),
+    *("ls", "expr", "awk", "sed", "find", "stat", *TESTS),
+}
 """Commands that may well fail; all others are expected to succeed."""
 
 SUCCEEDS, FAILS, EXPECTED, OPEN = range(4)
@@ -42,6 +45,7 @@ _APPENDS = re.compile(r"([A-Za-z_]\w*)\+=", re.ASCII)
 MOST_STEPS = 5000  # commands
 MOST_SCRIPTS = 20  # files, functions and shells with scripts of their own
 _MOST_NOTES = 30
+_MOST_WORDS = 1000  # that stand for "$@"
 
 
 class Shell:
@@ -52,6 +56,7 @@ class Shell:
 
     def __init__(self, directory: str) -> None:
         self.notes: list[str] = []
+        self.made_directories: set[str] = set()
         self.directory = directory
         self._variables = Variables({"PATH": os.environ.get("PATH", os.defpath)})
         self._words = Expansion(self._variables, self, self._note)
@@ -79,7 +84,7 @@ class Shell:
 
     def _note(self, text: str) -> None:
         note = f"{self.here}: {text}" if self._line else text
-        if len(self.notes) == _MOST_NOTES:
+        if len(self.notes) >= _MOST_NOTES:
             note = "and more"
         if note not in self.notes:
             self.notes.append(note)
@@ -149,8 +154,15 @@ class Shell:
         if name == "!":
             status = self._obey(command._replace(words=words[1:]))
             return {SUCCEEDS: FAILS, FAILS: SUCCEEDS}.get(status, OPEN)
+        if name == "command" and len(words) > 1 and not words[1].source.startswith("-"):
+            return self._obey(command._replace(words=words[1:]))
         if name in TESTS:
             return self._test(command, words)
+        if name in _BUILTINS or name in self._functions:
+            for variable, value in assigned:
+                self._variables.assign(variable, value, self.here)
+                if name in self._functions:
+                    self._variables.export(variable)
         if name == "exec" and len(words) == 1:
             self._join(command.redirections)
         elif name in _BUILTINS:
@@ -184,7 +196,7 @@ class Shell:
         if not asked:
             return SUCCEEDS
         answer = self._words.answer(asked[-1].text)
-        return EXPECTED if answer is None else _STATUS[answer.is_ok]
+        return OPEN if answer is None else _STATUS[answer.is_ok]
 
     def _test(self, command: Command, words: Sequence[Word]) -> int:
         last = {"[": "]", "[[": "]]"}.get(words[0].source, "")
@@ -196,7 +208,7 @@ class Shell:
         texts = []
         for word in words[1:-1] if last else words[1:]:
             text = self._words.expand(word)
-            if text is None:
+            if text is None or word.has_pattern:
                 return OPEN
             texts += self._words.parted(word, text)
         return _STATUS[self._words.asker.test(texts)]
@@ -276,12 +288,13 @@ class Shell:
         path = self._words.expand(words[0])
         self._file = f"{path}, "
         self._calls += 1
-        if self._read(script, path or "") is None:
+        status = self._read(script, path or "")
+        if status is None:
             self._doubt_all()
         self._calls -= 1
         self._leave_behind("return")
         self._line, self._file = line, where
-        return SUCCEEDS
+        return OPEN if status is None else status
 
     def _eval(self, command: Command, words: Sequence[Word]) -> int:
         texts = [self._words.expand(word) for word in words]
@@ -300,7 +313,11 @@ class Shell:
         while texts[:1] in (["-P"], ["-L"], ["--"]):
             texts.pop(0)
         is_plain = len(texts) == 1 and not texts[0].startswith("-")
-        self.directory = joined(self.directory, texts[0]) if is_plain else Unknown("cd")
+        path = joined(self.directory, texts[0]) if is_plain else Unknown("cd")
+        is_made = os.path.normpath(path) in self.made_directories
+        if is_known(path) and not is_made and _is_missing(path):
+            return FAILS
+        self.directory = path
         return EXPECTED
 
     def _ulimit(self, _: Command, words: Sequence[Word]) -> int:
@@ -330,7 +347,7 @@ class Shell:
                 self._variables.doubt(name)
             else:
                 self._variables.assign(name, text.partition("\n")[0].strip(" \t"), self.here)
-        return OPEN if text is None else SUCCEEDS
+        return OPEN if text is None else _STATUS["\n" in text]
 
     def _export(self, _: Command, words: Sequence[Word]) -> int:
         options = [word.source for word in words if word.source.startswith("-")]
@@ -381,7 +398,8 @@ class Shell:
             if "a" in option or "allexport" in names:
                 self._variables.exports_all = option[0] == "-"
         if texts:
-            self._words.positional = texts[texts[0] == "--" :]
+            texts = texts[texts[0] == "--" :]
+            self._words.positional = texts if len(texts) <= _MOST_WORDS else None
         return SUCCEEDS
 
 
@@ -411,3 +429,13 @@ _BUILTINS: dict[str | None, Callable[[Shell, Command, Sequence[Word]], int]] = {
     "unset": Shell._unset,
 }
 """The shell's own commands that change variables, or where and how it goes on."""
+
+
+def _is_missing(path: str) -> bool:
+    """Whether there is surely no directory."""
+    try:
+        return not os.path.isdir(path) and bool(os.stat(path))
+    except PermissionError:
+        return False
+    except (OSError, ValueError):
+        return True

@@ -11,6 +11,8 @@ _EXPORTED = ("PATH", "HOME", "USER", "SHELL", "LANG", "TZ")
 """What init exports already: sh exports a variable that came with the environment again."""
 
 
+_LONGEST = 1 << 17  # octets; Linux takes no longer one
+
 _OF_SHELLS = ("PWD", "UID", "EUID", "PPID", "HOSTNAME", "IFS", "RANDOM")
 """What a shell sets by itself."""
 
@@ -19,12 +21,13 @@ class Variables:
     """Variables as a script sets them.
 
     `environ` has those that are exported, with values that are known; of others there may be more
-    than is known: see `may_have`.  With `exports_all`, what is set is exported (`set -a`).
+    than is known: see `may_have`.  With `exports_all`, what is set is exported (`set -a`); None is
+    not known.
     """
 
     def __init__(self, environ: dict[str, str]) -> None:
         self.environ = environ
-        self.exports_all = False
+        self.exports_all: bool | None = False
         self._values: dict[str, str | None] = {}
         self._set_at: dict[str, str] = {}
         self._exported: set[str] = set()
@@ -56,13 +59,15 @@ class Variables:
         """NAME=value, where None is a value that is not known; `where` is what is told of it, if
         anything is.
         """
-        self._values[name] = value
+        self._values[name] = value if value is None or len(value) <= _LONGEST else None
         if where:
             self._set_at[name] = where
         if self._settled is not None:
             self._settled.add(name)
         if self.exports_all or name in self.environ or name in (*self._exported, *_EXPORTED):
             self.export(name)
+        elif self.exports_all is None:
+            self._doubtful.add(name)
 
     def export(self, name: str) -> None:
         """`export NAME`, which counts as soon as there is a value."""
@@ -119,5 +124,7 @@ class Variables:
         return [
             (where, name, self._values[name] or "", bool(re.search(rf"\$\{{?{name}\b", script)))
             for name, where in self._set_at.items()
-            if name not in self.environ and not self.may_have(name)
+            if self._values[name] is not None
+            and name not in self.environ
+            and not self.may_have(name)
         ]

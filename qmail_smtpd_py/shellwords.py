@@ -63,9 +63,8 @@ class Word(NamedTuple):
     @property
     def has_pattern(self) -> bool:
         """Whether it may stand for names of files."""
-        return any(
-            part.kind == TEXT and not part.quoted and part.text in "*?[" for part in self.parts
-        )
+        bare = [part.text for part in self.parts if part.kind == TEXT and not part.quoted]
+        return "*" in bare or "?" in bare or ("[" in bare and "]" in bare)
 
     @property
     def is_plain(self) -> bool:
@@ -179,7 +178,7 @@ class _Parser:
         self._at = 0
         self._commands: list[Command] = []
         self._before = ""
-        self._depth = 0
+        self._depth = self._cases = 0
         self._documents: list[tuple[str, bool]] = []
 
     def commands(self) -> list[Command]:
@@ -194,13 +193,17 @@ class _Parser:
         redirections: list[Redirection] = []
         while True:
             operator = self._operator()
-            if operator == ")" and self._depth:
+            is_pattern = self._cases or (words and words[0].source == "case")
+            if operator == ")" and self._depth and not is_pattern:
                 self._add(line, words, redirections, operator)
                 self._depth -= 1
                 words, redirections = [Word([Part(TEXT, ")", False)], ")")], []
-            elif operator == "(" and not words:
+            elif operator == "(" and all(word.source in (*_RESERVED, "!") for word in words):
                 self._depth += 1
+                for word in words:
+                    self._add(line, [word], [], "")
                 self._add(line, [Word([Part(TEXT, "(", False)], "(")], [], "")
+                words = []
             elif operator is not None:
                 self._add(line, words, redirections, operator)
                 return
@@ -223,6 +226,8 @@ class _Parser:
             self._add(line, words[2:], redirections, operator)
             return
         if words or redirections:
+            first = words[0].source if words else ""
+            self._cases = max(0, self._cases + (first == "case") - (first == "esac"))
             self._commands.append(Command(line, words, redirections, self._before, operator))
         if words or redirections or operator != "\n":
             self._before = operator

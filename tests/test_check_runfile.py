@@ -360,11 +360,12 @@ def test_command_line_with_which_the_listener_does_not_start(words: str, why: st
     assert all(what.startswith(why) for what in found)
 
 
-def test_files_that_a_listener_makes() -> None:
+def test_files_that_a_listener_makes(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
     script = "cd sub\nmkdir -p ./tls $UNKNOWN\n[ -d a ] || mkdir a\n"
-    run = read(f"{script}exec qmail-smtpd-listen --helper=./tls/socket 2>&1", "/s")
-    assert run.chain.files == {"--helper": "/s/sub/tls/socket"}
-    assert run.made_directories == {"/s/sub/tls", "/s/sub/a"}
+    run = read(f"{script}exec qmail-smtpd-listen --helper=./tls/socket 2>&1", str(tmp_path))
+    assert run.chain.files == {"--helper": f"{tmp_path}/sub/tls/socket"}
+    assert run.made_directories == {f"{tmp_path}/sub/tls", f"{tmp_path}/sub/a"}
 
 
 @pytest.mark.parametrize(

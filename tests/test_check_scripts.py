@@ -27,6 +27,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "empty": "",
         "settings": "B='from a file'\nOPTS='-v -x rules.cdb'\n",
         "broken": "echo 'there",
+        "long": "#" * 70000 + "\nexport A=x\n",
     }.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "env").mkdir()
@@ -73,6 +74,10 @@ def read(script: str, directory: Path) -> RunFile:
         ("for v in 1 2; do [ $v = 2 ] && continue; export A=$v; done", "1"),
         ('export A="${B:-it\'s}"', "it's"),
         ("export A=x; set -euo pipefail", "x"),
+        ("if true; then (cd env); fi; export A=$(cat limit)", "7"),
+        ("set -a; { (set +a); }; A=x", "x"),
+        ("command export A=x", "x"),
+        ("B=x export A; A=$B", "x"),
         # What commands would print
         ("export A=$(cat limit)", "7"),
         ("cd env; export A=$(cat ../limit)", "7"),
@@ -97,6 +102,11 @@ def read(script: str, directory: Path) -> RunFile:
         ("export A=$(basename /x/20/)", "20"),
         ("export A=$(dirname a/b/)$(dirname /b)$(dirname b)", "a/."),
         ("command -v ulimit > /dev/null && export A=x", "x"),
+        ("export A=$(command -v sh >/dev/null 2>&1 && echo y || echo n)", "y"),
+        ("export A=$(id -u no-such-user 2>/dev/null || echo 5)", "5"),
+        ("if id -u no-such-user >/dev/null 2>&1; then export A=y; else export A=x; fi", "x"),
+        ("read B < empty || B=9; export A=$B", "9"),
+        ("cd nowhere 2>/dev/null || cd env; export A=$(cat ../limit)", "7"),
         # Branches
         ("if [ -f limit ]; then export A=x; else export A=y; fi", "x"),
         ("if [ ! -f limit ]; then export A=x; else export A=y; fi", "y"),
@@ -168,6 +178,17 @@ def test_values_that_are_known(script: str, value: str, tmp_path: Path) -> None:
         "cd $(pick)\nexport A=$(cat max || echo 20)",
         "if pick; then cd /; fi\n[ -f limit ] && export A=x",
         "cd -\n[ -f limit ] && export A=x",
+        "true | pick && export A=x",
+        "if true | false; then export A=x; fi",
+        "[ -f lim* ] && export A=x",
+        "export A=$(cat lim*)",
+        "export A=$(cat long)",
+        "export A=$(cat /proc/version)",
+        "if pick; then set -a; fi; A=x",
+        "id no-such-user && export A=x",
+        'exec env - A="$(pick)" PATH=$PATH tcpserver 0 25 qmail-smtpd',
+        'export A=x\nexec env A="$(pick)" tcpserver 0 25 qmail-smtpd',
+        'A=$(pick)\nexec env A="$A" tcpserver 0 25 qmail-smtpd',
         "f() { [ $1 ] && return; export A=x; }\nf",
         "for v in 1 2; do if pick; then break; fi; export A=$v; done",
         "A=1; A+=2; export A",
@@ -193,6 +214,10 @@ def test_values_that_are_not_known(script: str, tmp_path: Path) -> None:
         "f() { export A=x; }\nf | cat",
         "f() { export A=x; }\nf &",
         "sh -c 'export A=x'",
+        "if true; then ( export A=x ); fi",
+        "{ ( export A=x ); }",
+        "! ( export A=x )",
+        "( case x in x) true;; esac; export A=x )",
         "export A=x | cat",
         "export A=x &",
         "export A=x; export -n A",
@@ -410,6 +435,28 @@ def test_the_last_command(
 def test_another_program_is_noted(tmp_path: Path) -> None:
     run = read(f"{LAST[5:]} &\nexport RELAYCLIENT=\n{LAST}", tmp_path)
     assert run.notes == ["line 4: another qmail-smtpd, which is not looked at"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "export A=x; B=" + 300 * "${C:-" + 300 * "}",
+        "[ " + 3000 * "! " + "]",
+        "[ x" + 3000 * " -a x" + " ]",
+        3000 * "! " + "true",
+        "B=aaaaaaaa\n" + 40 * "B=$B$B\n",
+        "set -- a a\n" + 30 * 'set -- "$@" "$@"\n',
+        3000 * "if pick; then other; fi\n",
+    ],
+)
+def test_what_grows_beyond_all_bounds(script: str, tmp_path: Path) -> None:
+    run = read(f"{script}\n{LAST}", tmp_path)
+    assert len(run.notes) <= 32
+
+
+def test_a_lower_limit_stays(tmp_path: Path) -> None:
+    chain = read("ulimit -v 9\nexec softlimit -m 99999 tcpserver 0 25 qmail-smtpd", tmp_path).chain
+    assert chain.limits["as"] == 9 * 1024
 
 
 def test_calls_without_an_end(tmp_path: Path) -> None:
