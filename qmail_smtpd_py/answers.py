@@ -9,6 +9,7 @@ the answer is None: it is not known.
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import shutil
@@ -260,8 +261,6 @@ class Asker:
 
 def _entry(database: str, name: str) -> list[str] | None:
     """An entry of passwd(5) or group(5)."""
-    import grp
-
     try:
         found = pwd.getpwnam(name) if database == "passwd" else grp.getgrnam(name)
     except (KeyError, ValueError):  # or it is no name at all

@@ -145,7 +145,7 @@ def _why_no_pair(text: bytes) -> str:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
-        with _Parsing():
+        with Parsing():
             key = load_pem_private_key(_private_key(text), None).public_key()
             for place, certificate in enumerate(x509.load_pem_x509_certificates(text), 1):
                 if certificate.public_key() == key:
@@ -170,7 +170,7 @@ def revocation_lists(text: bytes) -> list[x509.CertificateRevocationList]:
     from cryptography import x509
 
     end = b"-----END X509 CRL-----"
-    with _Parsing():
+    with Parsing():
         return [x509.load_pem_x509_crl(one + end) for one in text.split(end)[:-1]]
 
 
@@ -181,13 +181,10 @@ def can_be_named(text: bytes) -> bool:
     """
     if len(text) < _ROOM_FOR_NAMES:
         return True
-    import warnings
-
     from cryptography import x509
 
     try:
-        with _Parsing(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the interpreter would write them into the log
+        with Parsing():
             subjects = [found.subject for found in x509.load_pem_x509_certificates(text)]
             names = {subject.public_bytes() for subject in subjects}
     except ValueError:
@@ -206,20 +203,26 @@ def _type_of_certificate(path: str) -> type:
     from cryptography import x509
 
     try:
-        with _Parsing():
+        with Parsing():
             return type(x509.load_pem_x509_certificate(read(path)).public_key())
     except ValueError as error:
         raise TlsError(f"{path}: {error}") from None
 
 
-class _Parsing:
-    """Makes a ValueError of every exception that cryptography raises for what is in a file; by
-    itself it raises others, too.
+class Parsing:
+    """Makes a ValueError of every exception that cryptography raises for what is in a certificate;
+    by itself it raises others, too.  What it warns of is ignored: the interpreter would write it
+    into the log.
     """
 
     def __enter__(self) -> None:
-        pass
+        import warnings
+
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._warnings.__exit__(None, None, None)
         if isinstance(error, Exception) and not isinstance(error, (MemoryError, TlsError)):
             raise ValueError(str(error)) from None

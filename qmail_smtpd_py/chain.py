@@ -97,11 +97,10 @@ class Chain:
     """What the programs of a chain say.
 
     `uid` and `gid` are None where nobody says; `limits` are in octets or a number, or None where
-    they are not known; so is `concurrency`.  `server` is
-    what listens, with its `server_flags`; `wrappers` are programs that change nothing that is kept
-    here.  `program` is the qmail-smtpd or qmail-smtpd-listen that was found, with its `arguments`,
-    the check program's; `program_uid` is whose it is when it starts, None where nobody says, and
-    `program_search` the PATH by then.
+    they are not known; so is `concurrency`.  `server` is what listens, with its `server_flags`;
+    `wrappers` are the programs before it that are known.  `program` is the qmail-smtpd or
+    qmail-smtpd-listen that was found, with its `arguments`, the check program's; `program_uid` is
+    whose it is when it starts, None where nobody says, and `program_search` the PATH by then.
     `programs` are the others: each as it is named, the directory, and where PATH has it looked for;
     `files` are what the listener makes as it starts, by option.  `script` is that of a shell in the
     chain.
@@ -425,6 +424,11 @@ class Chain:
             return number
         self.odd_ids.append((flag, value))
         return None
+
+    @property
+    def lacks_memory_limit(self) -> bool:
+        """Whether there may be a limit on memory that is not known."""
+        return self.limits.get("as", _NO_LIMIT) is None
 
     @property
     def is_for_everybody(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .certificates import TlsError
+from .certificates import Parsing, TlsError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -174,13 +174,10 @@ class Channel:
             return None, ""
         if self.notes.problems:
             return None, self.notes.problems[0]
-        import warnings
-
         from cryptography.x509.oid import NameOID
 
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the interpreter would write them into the log
+            with Parsing():
                 subject = certificate.to_cryptography().subject
         except Exception:  # whatever a library makes of what a client has made up
             return None, "malformed"

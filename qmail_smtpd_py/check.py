@@ -119,7 +119,7 @@ class Service:
         if len(names) > _MOST_NAMES:
             names = ["variables that the run file does not export itself"]
         names += ["its rules"] if run.chain.lacks_rules else []
-        names += ["its memory limit"] if run.chain.limits.get("as", 0) is None else []
+        names += ["its memory limit"] if run.chain.lacks_memory_limit else []
         if names:
             what = f"not known of qmail-smtpd without running the run file: {', '.join(names)}"
             remedy = "see what was not understood; say it in a plainer way, or look yourself"

@@ -107,8 +107,7 @@ def _examine_memory(subject: Subject, trial: Trial, report: Report) -> None:
         need = max(need, LISTENER_NEEDS * 1_000_000)
     what_for = "with TLS" if with_tls else "without TLS"
     text = f"{need / 1e6:g} MB are needed {what_for}; the limit is "
-    is_known = subject.chain.limits.get("as", 0) is not None
-    none = "none" if is_known else "not known"
+    none = "not known" if subject.chain.lacks_memory_limit else "none"
     text += none if limit is None else f"{limit / 1e6:g} MB"
     report.fact("memory", text, limit=limit, needed=need)
     if limit is None or limit >= need:

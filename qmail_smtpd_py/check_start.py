@@ -40,13 +40,12 @@ def examine(chain: Chain, smtpd: str, made_directories: Collection[str], report:
 
 def _examine_other(name: str, directory: str, search: str | None, report: Report) -> None:
     """See that a program before ours is there; where nobody knows PATH, its name says nothing."""
-    if not is_known(name) or ("/" not in name and search is None):
-        return
-    if "/" in name and not is_known(joined(directory, name)):
-        return
     if "/" in name:
-        trouble, remedy = program_trouble(os.path.join(directory, name))
-    elif shutil.which(name, path=_with_svscan(search or "")):
+        path = joined(directory, name)
+        if not is_known(path):
+            return
+        trouble, remedy = program_trouble(path)
+    elif not is_known(name) or search is None or shutil.which(name, path=_with_svscan(search)):
         return
     else:
         trouble = f"there is none in {search}"

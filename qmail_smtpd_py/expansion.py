@@ -28,7 +28,7 @@ class Expansion:
     """The expansions of sh(1), as far as they are known without running anything.
 
     `script` knows where it is, and its directory, which at first is the run file's; `note` is told
-    of what is not known.  `asker` answers for commands.
+    of what is not known.  `asker` answers for commands, and `answered` is what it said at last.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Expansion:
         self._note = note
         self._script = script
         self.positional: list[str] | None = None
+        self.answered: Answer | None = None
         self._noted: set[str] = set()
 
     def value(self, word: Word, name: str = "") -> str | None:
@@ -85,8 +86,8 @@ class Expansion:
         if part.kind == shellwords.TEXT:
             return part.text
         if part.kind == shellwords.COMMAND:
-            answer = self.answer(part.text)
-            return answer.text if answer else None
+            self.answered = self._answer(part.text)
+            return self.answered.text if self.answered else None
         if part.kind == shellwords.VARIABLE:
             return self._variable(part)
         if part.kind == shellwords.HOME:
@@ -117,7 +118,7 @@ class Expansion:
         except KeyError:
             return f"~{user}"
 
-    def answer(self, script: str) -> Answer | None:
+    def _answer(self, script: str) -> Answer | None:
         """What a command would print, of those that need not be run to know it, or None."""
         if script.count("$(") > _DEEPEST:
             return None

@@ -31,6 +31,8 @@ from _socket import (
 )
 from sys import byteorder
 
+from .log import words_of
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -68,7 +70,7 @@ def offer(path: bytes, arguments: Sequence[bytes], environ: Mapping[bytes, bytes
             raise HandoverError("the helper can not do TLS now")
     except (OSError, HandoverError) as error:
         helper.close()
-        raise HandoverError(getattr(error, "strerror", None) or str(error)) from None
+        raise HandoverError(words_of(error)) from None
     return Offer(helper)
 
 

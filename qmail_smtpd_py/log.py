@@ -140,6 +140,11 @@ def text(octets: bytes) -> str:
     return octets.decode("ascii", "backslashreplace")
 
 
+def words_of(error: Exception) -> str:
+    """What an error says; the system's say it without their number."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def where(error: BaseException) -> str:
     """The kind of an exception and where it came from: what a log may tell of a defect.
 

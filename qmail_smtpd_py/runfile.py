@@ -10,16 +10,16 @@ A run file is a sh script that ends in a chain of programs, each of which become
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from .chain import LISTENER, SMTPD, Chain
 from .script import Script, used_variables
 from .shellvariables import Variables
-from .shellwords import first_word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from .shellwords import Command, Redirection, Word
 
@@ -32,9 +32,9 @@ class RunFile(Script):
     `environ` is what it exports, `chain` the programs that it ends in.  `unexported` are variables
     that are set and not exported, with where, their value, and whether the script uses them;
     `dropped` those that a program of the chain takes away; `has_joined_log` is whether descriptor 2
-    goes to the log (`2>&1`); `made_directories` those that the script makes; `needs_no_exec`
-    whether what it ends in is started with exec, or that would change nothing, as a pipe
-    (`is_piped`) is around it; `ends_at_once` whether nothing of it waits for the program.
+    goes to the log (`2>&1`); `needs_no_exec` whether what it ends in is started with exec, or that
+    would change nothing, as a pipe (`is_piped`) is around it; `ends_at_once` whether nothing of it
+    waits for the program.
     """
 
     def __init__(self, script: str, directory: str) -> None:
@@ -122,22 +122,19 @@ class RunFile(Script):
         if self._shells > _MOST_SHELLS:
             self._note("so many shells with scripts are not followed")
             return
-        end_shell = self._begin_shell()
-        self._variables = self._words.variables = Variables(environ)
-        self._functions, self._words.positional = {}, None
-        self._read(script, "the script of a shell")
-        end_shell()
+        with self._shell_of_its_own():
+            self._words.variables = Variables(environ)
+            self._functions, self._words.positional = {}, None
+            self._read(script, "the script of a shell")
 
-    def _begin_shell(self) -> Callable[[], None]:
-        end_shell, limits = super()._begin_shell(), dict(self.chain.limits)
-
-        def end() -> None:
-            end_shell()
-            self._is_over = self.chain.program is not None
-            if not self._is_over:
-                self.chain.limits = limits
-
-        return end
+    @contextlib.contextmanager
+    def _shell_of_its_own(self) -> Iterator[None]:
+        limits = dict(self.chain.limits)
+        with super()._shell_of_its_own():
+            yield
+        self._is_over = self.chain.program is not None
+        if not self._is_over:
+            self.chain.limits = limits
 
     def _join(self, redirections: Sequence[Redirection]) -> None:
         """Heed where `exec 2>&1`, or the last command, sends descriptor 2."""
@@ -153,16 +150,6 @@ class RunFile(Script):
                 operator == ">&" and not target.isdecimal()
             ):
                 self.has_joined_log = not is_null
-
-    def _make(self, command: Command) -> None:
-        """Keep the names of directories that are made, whether or not it is clear that they are."""
-        if first_word(command) not in ("mkdir", "install"):
-            return
-        for word in command.words[1:]:
-            path = self._words.expand(word)
-            if path is not None and not path.startswith("-"):
-                path = os.path.join(self.directory, path)
-                self.made_directories.add(os.path.normpath(path))
 
     def _limit(self, resource: str, number: int | None) -> None:
         self.chain.limit(resource, number)

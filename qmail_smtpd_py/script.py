@@ -80,10 +80,8 @@ class Script(Shell):
         """Run one command, simple or not, in whatever shell; what is known of its exit status."""
         if first_word(block[0]) != "(" and block[-1].after not in ("|", "|&", "&"):
             return self._run_here(block)
-        end_shell = self._begin_shell()
-        status = self._run_here(block)
-        end_shell()
-        return status
+        with self._shell_of_its_own():
+            return self._run_here(block)
 
     def _run_here(self, block: Sequence[Command]) -> int:
         """The same, in this shell."""
@@ -153,10 +151,10 @@ class Script(Shell):
 
     def _doubt_what_it_changes(self, name: str | None, command: Command) -> None:
         """Have what a command would set or change be not known, if that is run or not."""
-        self._make(command)
+        self._heed_mkdir(command)
         for word in command.words:
-            for name_set in filter(None, _MAY_SET.findall(word.source)):
-                self._variables.doubt(name_set[0] or name_set[1])
+            for plain, braced in _MAY_SET.findall(word.source):
+                self._variables.doubt(plain or braced)
         arguments = command.words[1:]
         if name in (".", "source", "eval"):
             self._doubt_all()

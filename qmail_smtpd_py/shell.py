@@ -6,6 +6,7 @@ asks is answered (`answers.py`); a program that is started is a subclass's to fo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 
@@ -18,7 +19,7 @@ from .unknown import Unknown, is_known, joined, number_in
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from .shellwords import Command, Redirection, Word
 
@@ -51,15 +52,16 @@ _MOST_WORDS = 1000  # that stand for "$@"
 class Shell:
     """A shell, and what came of its commands.
 
-    `notes` are what was not understood, `missing_users` whom `id` would not find.
+    `notes` are what was not understood, `missing_users` whom `id` would not find,
+    `made_directories` those that are made.
     """
 
     def __init__(self, directory: str) -> None:
         self.notes: list[str] = []
         self.made_directories: set[str] = set()
         self.directory = directory
-        self._variables = Variables({"PATH": os.environ.get("PATH", os.defpath)})
-        self._words = Expansion(self._variables, self, self._note)
+        variables = Variables({"PATH": os.environ.get("PATH", os.defpath)})
+        self._words = Expansion(variables, self, self._note)
         self.missing_users = self._words.asker.missing_users
         self._named: set[str] = set()
         self._sets_anything = False
@@ -76,6 +78,10 @@ class Shell:
         self._may_leave = False
         self._calls = 0
         self._locals: set[str] = set()
+
+    @property
+    def _variables(self) -> Variables:
+        return self._words.variables
 
     @property
     def here(self) -> str:
@@ -102,23 +108,18 @@ class Shell:
     def _join(self, redirections: Sequence[Redirection]) -> None:
         """Descriptors are redirected, those of the shell or of what it starts at last."""
 
-    def _make(self, command: Command) -> None:
-        """Something may be made or not: this is said of each command, whether it is run or not."""
-
-    def _begin_shell(self) -> Callable[[], None]:
-        """A shell of its own begins; what is to be called at its end, when all is as it was."""
+    @contextlib.contextmanager
+    def _shell_of_its_own(self) -> Iterator[None]:
+        """What is done in it changes nothing of this shell."""
         variables, directory = self._variables, self.directory
         positional, functions = self._words.positional, self._functions
-        self._variables = self._words.variables = variables.copy()
+        self._words.variables = variables.copy()
         self._functions = dict(functions)
-
-        def end() -> None:
-            self._variables = self._words.variables = variables
-            self.directory, self._functions = directory, functions
-            self._words.positional = positional
-            self._is_over, self._leaving = False, ""
-
-        return end
+        yield
+        self._words.variables = variables
+        self.directory, self._functions = directory, functions
+        self._words.positional = positional
+        self._is_over, self._leaving = False, ""
 
     def _limit(self, resource: str, number: int | None) -> None:
         """`ulimit` limits a resource (setrlimit(2)), in octets; None is a number not known."""
@@ -144,9 +145,19 @@ class Shell:
 
     # Simple commands
 
+    def _heed_mkdir(self, command: Command) -> None:
+        """Keep the names of directories that are made, whether or not it is clear that they are."""
+        if first_word(command) not in ("mkdir", "install"):
+            return
+        for word in command.words[1:]:
+            path = self._words.expand(word)
+            if path is not None and not path.startswith("-"):
+                path = os.path.join(self.directory, path)
+                self.made_directories.add(os.path.normpath(path))
+
     def _obey(self, command: Command) -> int:
         """Do what a command would do to what is started; what is known of its exit status."""
-        self._make(command)
+        self._heed_mkdir(command)
         assigned, words = self._split(command)
         name = words[0].literal if words else None
         if not words:
@@ -192,10 +203,9 @@ class Shell:
 
     def _status_of_assignments(self, command: Command) -> int:
         """That of the last command in them."""
-        asked = [part for word in command.words for part in word.parts if part.kind == COMMAND]
-        if not asked:
+        if not any(part.kind == COMMAND for word in command.words for part in word.parts):
             return SUCCEEDS
-        answer = self._words.answer(asked[-1].text)
+        answer = self._words.answered
         return OPEN if answer is None else _STATUS[answer.is_ok]
 
     def _test(self, command: Command, words: Sequence[Word]) -> int:
@@ -268,9 +278,8 @@ class Shell:
         self._note(f"`{written(command)}` ends the script")
         return OPEN
 
-    def _content(self, word: Word) -> str | None:
+    def _content(self, path: str | None) -> str | None:
         """The text of a file, where that is known."""
-        path = self._words.expand(word)
         try:
             return self._words.asker.content(path) if path else None
         except NotKnown:
@@ -278,14 +287,14 @@ class Shell:
 
     def _source_file(self, command: Command, words: Sequence[Word]) -> int:
         """`. FILE`: it is read here, too."""
-        script = self._content(words[0]) if words else None
+        path = self._words.expand(words[0]) if words else None
+        script = self._content(path)
         self._scripts += 1
         if script is None or self._scripts > MOST_SCRIPTS:
             self._note(f"what `{written(command)}` sets is not counted")
             self._doubt_all()
             return EXPECTED
         line, where = self._line, self._file
-        path = self._words.expand(words[0])
         self._file = f"{path}, "
         self._calls += 1
         status = self._read(script, path or "")
@@ -339,7 +348,7 @@ class Shell:
         """`read NAME < FILE`."""
         names = [word.source for word in words if not word.source.startswith("-")]
         files = [found.target for found in command.redirections if found.operator == "<"]
-        text = self._content(files[0]) if files else None
+        text = self._content(self._words.expand(files[0]) if files else None)
         if text is None:
             self._note(f"what `{written(command)}` sets is not counted")
         for name in names:

@@ -10,7 +10,6 @@ import re
 _EXPORTED = ("PATH", "HOME", "USER", "SHELL", "LANG", "TZ")
 """What init exports already: sh exports a variable that came with the environment again."""
 
-
 _LONGEST = 1 << 17  # octets; Linux takes no longer one
 
 _OF_SHELLS = ("PWD", "UID", "EUID", "PPID", "HOSTNAME", "IFS", "RANDOM")

@@ -10,6 +10,7 @@ import os
 
 from .cdb import CdbError, find
 from .control import signature
+from .log import words_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ class Rules:
                 if data is not None:
                     return instructions(data)
         except (OSError, CdbError) as error:
-            why = (isinstance(error, OSError) and error.strerror) or error
-            raise RulesError(f"cannot use {self._path}: {why}") from None
+            raise RulesError(f"cannot use {self._path}: {words_of(error)}") from None
         return {}
 
     def _refresh(self) -> None:

@@ -153,7 +153,7 @@ class Worker:
                     service.complain(f"pid {self._pid} from {ends.remote_ip}")
                 environ = self._admit(connection, ends)
             except (OSError, ProxyError, RulesError) as error:
-                why = (isinstance(error, OSError) and error.strerror) or error
+                why = log.words_of(error)
                 service.complain(f"drop {self._pid} from {bare_ip(remote[0])}: {why}")
                 return _DROPPED
             return _DENIED if environ is None else self._serve(connection, environ)
