@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .subject import Subject
     from .trial import Trial
 
-MEMORY_NEEDS: dict[int, tuple[int, int]] = {9: (11, 33), 11: (15, 37), 13: (14, 41)}
+MEMORY_NEEDS: dict[int, tuple[int, int]] = {9: (11, 33), 11: (15, 37), 13: (14, 42)}
 """README's table: the smallest memory limits that work, in MB, by the minor version of Python 3:
 without TLS, and with TLS and AUTH."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from . import certificates, log, reply
+from . import certificates, log, memory, reply
 from .certificates import TlsError
 from .connection import cipher_in
 from .effects import ControlError
@@ -73,8 +73,7 @@ class Encryption:
             return None
         try:
             if "OpenSSL.SSL" not in sys.modules:
-                # Or MemoryError, which is better told before all of it is loaded.
-                bytes(_ROOM_FOR_MANY if self._contexts else _ROOM)
+                memory.see_room_for(self._try_all, _FOR_MANY if self._contexts else _FOR_ONE)
             self._choose()
             if self._contexts:
                 self._context = self._contexts.get(self._policy(), self._files)
@@ -89,6 +88,20 @@ class Encryption:
                 return reply.tls_unavailable(error.what, error.reason.encode("ascii", "replace"))
             return reply.tls_unavailable(b"not available")
         return None
+
+    def _try_all(self) -> None:
+        """Load all that TLS takes, and make a handshake with ourselves; raises MemoryError, and
+        what `prepare` has words for.
+        """
+        try:
+            from .tls import CachedContexts
+
+            self._choose()
+            CachedContexts().get(self._policy(), self._files)
+        except _NOT_LOADED as error:
+            if why_not_loaded(error).endswith(log.OUT_OF_MEMORY):
+                raise MemoryError from None
+            raise
 
     def _choose(self) -> None:
         """Read what the administrator has chosen; raises ControlError, or TlsError where there is
@@ -197,13 +210,13 @@ class Encryption:
         return self.channel.certified_address([client.lower() for client in clients])
 
 
-_ROOM = 21 << 20
-"""Octets of address space without which TLS can not be loaded (it takes some 22 MiB): a library
-that runs out of memory half way may crash, and then nobody is told why.
-"""
+_FOR_ONE = 512 << 10
+"""Octets of address space that a session takes beside what TLS does."""
 
-_ROOM_FOR_MANY = 26 << 20
-"""The same for a listener, whose interpreter may not even end where it runs out of memory."""
+_FOR_MANY = 5 << 20
+"""The same for a listener, which arranges its memory, and whose interpreter may not even end where
+that runs out.
+"""
 
 _NOT_LOADED = (ImportError, MemoryError, OSError, RuntimeError, SystemError)
 """What importing a library raises where it is not there, or memory runs out."""

@@ -564,6 +564,7 @@ def test_whatever_the_memory_limit_it_works_or_says_what_it_lacks(
     is_its_own_end = status < 0 or (status == 1 and megabytes <= 12)
     assert worked or program.log or is_its_own_end, "neither said a word"
     if b": connect ip=" in program.log:
+        assert status >= 0, program.log
         assert worked or LACK_OF_MEMORY.search(program.log), program.log
 
 

@@ -1,0 +1,66 @@
+"""Memory for libraries: whether what is about to be loaded has room under the memory limit.
+
+A library that runs out of memory half way may raise an exception, but it may crash as well, and
+then nobody is told why; and the interpreter may never end.  How much is taken depends on the
+versions of all that is loaded.  So where there is not plainly enough, a child loads it first: it
+has the same limit and what is in memory already, so it fares as we would.
+"""
+
+from __future__ import annotations
+
+import os
+from _signal import (  # type: ignore[import-not-found]
+    SIG_DFL,
+    SIGALRM,
+    alarm,
+    set_wakeup_fd,
+    signal,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+_AMPLE = 40 << 20  # octets of address space; pyOpenSSL takes 21 to 26 MiB
+_SECONDS = 5  # for what takes 0.1
+
+
+def see_room_for(load: Callable[[], object], spare: int) -> None:
+    """Raise MemoryError where there is no room for what `load` loads and `spare` octets beside it,
+    or OSError where a child that tries it can not be had.
+
+    An exception of `load` is not raised, unless it is MemoryError: it is for its next caller.
+    """
+    try:
+        bytes(_AMPLE)
+        return
+    except MemoryError:
+        child = os.fork()
+    if not child:
+        _try(load, spare)
+    if os.waitpid(child, 0)[1]:
+        raise MemoryError
+
+
+def _try(load: Callable[[], object], spare: int) -> NoReturn:
+    """Exit with 0 if there is room."""
+    status = 1
+    try:
+        set_wakeup_fd(-1)  # the parent's
+        signal(SIGALRM, SIG_DFL)
+        alarm(_SECONDS)
+        _load(load)
+        bytes(spare)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _load(load: Callable[[], object]) -> None:
+    try:
+        load()
+    except MemoryError:
+        raise
+    except Exception:
+        pass  # the parent meets it, too, and has words for it
