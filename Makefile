@@ -8,6 +8,9 @@ DESTDIR =
 # Not empty: pyOpenSSL and python-daemon are those of PYTHON's host, and are not fetched
 SYSTEM =
 
+# "no": the listener is not compiled, as where there is no C compiler, or not the headers of PYTHON
+COMPILE =
+
 # make run
 PORT = 2525
 
@@ -28,7 +31,8 @@ help:
 	@echo 'make run         take mail on 127.0.0.1 port $(PORT), without qmail and without root'
 	@echo 'make test        run all tests; as root on Debian, with all that they need'
 	@echo 'make install     install in PREFIX=$(PREFIX), with PYTHON=$(PYTHON);'
-	@echo '                 SYSTEM=1 for pyOpenSSL and python-daemon of this host'
+	@echo '                 SYSTEM=1 for pyOpenSSL and python-daemon of this host,'
+	@echo '                 COMPILE=no for Python only'
 	@echo 'make uninstall   remove what was installed in PREFIX, and nothing else'
 	@echo 'make cert        make control/servercert.pem: HOST= DAYS= KEY=rsa:2048|ec|ed25519, or'
 	@echo '                 put it together from the files in FROM=; OWNER= GROUP= QMAIL= FORCE=1'
@@ -80,7 +84,7 @@ bench-servers: .venv/run
 	.venv/bin/python bench/servers.py --bin $(PREFIX)/bin --peer $(PEER)
 
 install: venv-module system-packages
-	@DESTDIR='$(DESTDIR)' SYSTEM='$(SYSTEM)' $(PYTHON) setup/install.py install '$(PREFIX)'
+	@DESTDIR='$(DESTDIR)' SYSTEM='$(SYSTEM)' COMPILE='$(COMPILE)' $(PYTHON) setup/install.py install '$(PREFIX)'
 
 uninstall: python
 	@DESTDIR='$(DESTDIR)' $(PYTHON) setup/install.py uninstall '$(PREFIX)'

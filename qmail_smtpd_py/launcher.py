@@ -18,10 +18,12 @@ the image is gone, the launcher imports all modules in the usual way, as slowly 
 
 A launcher also says what nothing else can: that there was not even the memory to load the program.
 
-    python -X no_debug_ranges -m qmail_smtpd_py.launcher DIRECTORY
+    python -X no_debug_ranges -m qmail_smtpd_py.launcher DIRECTORY [COMPILED]
 
 writes the launchers and their images into the directory, from where the launchers can be moved.
-The option keeps out of the images what is only there for the marks under the lines of tracebacks.
+COMPILED is a directory that has the package with extension modules (setup/compiling.py), for the
+listener, which loads them once.  The option keeps out of the images what is only there for the
+marks under the lines of tracebacks.
 """
 
 from __future__ import annotations
@@ -97,6 +99,9 @@ TOOLS = {
     "qmail-smtpd-check": "check",
 }
 """The programs that are started now and then: they have no image, and end as others do."""
+
+SERVERS = ("qmail-smtpd-listen",)
+"""Those of them that run for so long that compiled modules are worth their loading."""
 
 _LAUNCHER = """\
 #!{interpreter} -IS
@@ -236,17 +241,22 @@ def launcher(name: str, image_path: Path) -> bytes:
     return os.fsencode(text)
 
 
-def tool(name: str) -> bytes:
-    """The launcher of a tool; raises ValueError where no script can name the interpreter."""
-    return os.fsencode(_TOOL.format(name=name, main=TOOLS[name], **_surroundings()))
+def tool(name: str, compiled: str | None = None) -> bytes:
+    """The launcher of a tool, which looks for this package in the directory of a compiled one, if
+    there is one; raises ValueError where no script can name the interpreter.
+    """
+    surroundings = _surroundings([compiled] if compiled else [])
+    return os.fsencode(_TOOL.format(name=name, main=TOOLS[name], **surroundings))
 
 
-def _surroundings() -> dict[str, object]:
-    """The interpreter, and where the packages are that this one needs, and this one."""
+def _surroundings(path: Collection[str] = ()) -> dict[str, object]:
+    """The interpreter, and where the packages are that this one needs, and this one, behind what is
+    looked through before.
+    """
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     if " " in interpreter or len(f"#!{interpreter} -IS") > SHEBANG_LIMIT:
         raise ValueError(f"no script can name {interpreter!r}: it has a blank, or is too long")
-    path = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(SOURCES.parent)]
+    path = [*path, *map(sysconfig.get_path, ("purelib", "platlib")), str(SOURCES.parent)]
     path += [place for place in map(_place, NEEDED) if place]
     return {
         "interpreter": interpreter,
@@ -265,12 +275,13 @@ def _place(package: str) -> str | None:
 def main() -> int:
     """Write all launchers and images into the directory that is named; returns the exit status."""
     directory = Path(sys.argv[1]).resolve()
+    compiled = str(Path(sys.argv[2]).resolve()) if sys.argv[2:] else None
     for name, program in PROGRAMS.items():
         image_path = directory / f"{name}.image"
         _write(image_path, image(program), 0o644)
         _write(directory / name, launcher(name, image_path), 0o755)
     for name in TOOLS:
-        _write(directory / name, tool(name), 0o755)
+        _write(directory / name, tool(name, compiled if name in SERVERS else None), 0o755)
     return 0
 
 

@@ -37,10 +37,11 @@ from .oomscore import OomScore
 from .options import NAME, USAGE, Options, StartError, UsageError
 from .prefork import Employer, Place, Pool
 from .process import environment, fill_descriptors, give_no_tickets
+from .service import Service
 from .smtpd import Resources
 from .successor import Successor
 from .warmup import WarmUp
-from .worker import Helper, Service, Worker
+from .worker import Helper, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -25,13 +25,14 @@ from .channel import ClientChannel
 from .prefork import Board, Place
 from .tcpenviron import LookUps
 from .tcprules import RulesError
-from .worker import Service, Worker, logging_to
+from .worker import Worker, logging_to
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import NoReturn
 
+    from .service import Service
     from .tcprules import Rules
 
 TIMES = 16

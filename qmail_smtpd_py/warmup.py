@@ -17,7 +17,7 @@ from .smtpd import Server
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .worker import Service
+    from .service import Service
 
 _LOOK_SECONDS = 1.0  # between two looks for what forks are to share
 

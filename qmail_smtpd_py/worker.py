@@ -14,7 +14,6 @@ import select
 import socket
 import time
 from _socket import socket as Socket  # what socket.socket is made of
-from typing import NamedTuple
 
 from . import handover, log
 from .handover import HandoverError
@@ -29,13 +28,11 @@ from .workerwire import SocketWire, WatchfulWire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import Any
 
     from .prefork import Place
-    from .proxyprotocol import Peers
-    from .smtpd import Resources
-    from .tcpenviron import LookUps
-    from .tcprules import Rules
+    from .service import Service
 
 IDLE_SECONDS = 5.0
 """How long a worker waits for a connection before it looks whether it is still wanted."""
@@ -51,25 +48,6 @@ _EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 1 << 28)
 _LONGEST_OPTIONS = 40  # octets (ip(7))
 
 _DENIED, _DROPPED = 100, 111  # the exit statuses of tcpserver's children
-
-
-class Service(NamedTuple):
-    """What is served, and to whom; all of it is there before the first worker is forked.
-
-    `limit` is the number of connections at a time, for the log; `complain` takes words for it.
-    """
-
-    environ: Mapping[bytes, bytes]
-    arguments: Sequence[bytes]
-    resources: Resources
-    look_ups: LookUps
-    rules: Rules | None
-    proxies: Peers | None
-    banner: bytes
-    keep_ip_options: bool
-    limit: int
-    is_verbose: bool
-    complain: Callable[[str], None]
 
 
 class Worker:
@@ -125,7 +103,7 @@ class Worker:
                     self._service.complain(f"end {self._pid} status {status << 8}")
                     self._tell_status()
 
-    def _accept(self) -> tuple[Socket, tuple[str, int]]:
+    def _accept(self) -> tuple[Socket, Any]:
         """As socket.accept does, but without its wrapping of descriptors, which takes longer than
         the system call.
         """
@@ -142,8 +120,10 @@ class Worker:
     def _tell_status(self) -> None:
         self._service.complain(f"status: {self._place.board.busy}/{self._service.limit}")
 
-    def _take(self, connection: Socket, remote: tuple[str, int]) -> int:
-        """Serve an accepted connection; the exit status that tcpserver's child would have."""
+    def _take(self, connection: Socket, remote: Any) -> int:
+        """Serve an accepted connection from `remote`, an address as its family has it; the exit
+        status that tcpserver's child would have.
+        """
         service = self._service
         try:
             try:
@@ -169,7 +149,7 @@ class Worker:
         except (ConnectionLost, TimedOut):
             return 1
 
-    def _ends(self, connection: Socket, remote: tuple[str, int]) -> Addresses:
+    def _ends(self, connection: Socket, remote: Any) -> Addresses:
         """Who is at the two ends; raises OSError, or ProxyError where a proxy does not say."""
         remote_ip, remote_port = remote[:2]
         local_ip, local_port = connection.getsockname()[:2]
@@ -206,7 +186,7 @@ class Worker:
 class Helper(Worker):
     """A worker whose connections come from programs under tcpserver, handed over for TLS."""
 
-    def _take(self, connection: Socket, remote: tuple[str, int]) -> int:
+    def _take(self, connection: Socket, remote: Any) -> int:
         service = self._service
         if service.is_verbose:
             self._tell_status()

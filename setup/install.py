@@ -1,7 +1,8 @@
 """Install the programs below a prefix, or remove them; the Makefile runs this.
 
     python3 setup/install.py install PREFIX      with DESTDIR in the environment, for packages; with
-                                                 SYSTEM, for the pyOpenSSL that the host has
+                                                 SYSTEM, for the pyOpenSSL that the host has;
+                                                 COMPILE=no for Python and nothing else
     python3 setup/install.py uninstall PREFIX
 
 PREFIX is a directory of our own, such as /usr/local/qmail-smtpd-py:
@@ -13,7 +14,8 @@ PREFIX is a directory of our own, such as /usr/local/qmail-smtpd-py:
     systemd/      units for systemd, to be copied
     fail2ban/     a filter and a jail for fail2ban, to be copied
     hooks/        deploy hooks for certbot and acme.sh
-    venv/1, 2 ..  a virtual environment for each installation, with the code that launchers run
+    venv/1, 2 ..  a virtual environment for each installation, with the code that launchers run;
+                  in compiled/, that of qmail-smtpd-listen, see compiling.py
     installed     the files of all these, with the SHA-256 of each; not those of venv
 
 A new version comes as a virtual environment beside the old one, and is in force when its launchers
@@ -35,6 +37,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from compiling import NotCompiled, compile_installed
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_PREFIX = "/usr/local/qmail-smtpd-py"
@@ -217,13 +221,30 @@ def _fill(environment: Path) -> Path:
             source = _source(Path(directory))
             _install(python, source)
         launchers.mkdir()
-        _run(python, "-I", "-X", "no_debug_ranges", "-m", "qmail_smtpd_py.launcher", launchers)
+        compiled = _compile(python, environment)
+        options = ["-I", "-X", "no_debug_ranges", "-m", "qmail_smtpd_py.launcher"]
+        _run(python, *options, launchers, *compiled)
     except BaseException:
         shutil.rmtree(environment, ignore_errors=True)
         _remove_if_empty(environment.parent)
         _remove_if_empty(environment.parent.parent)
         raise
     return launchers
+
+
+def _compile(python: Path, environment: Path) -> list[Path]:
+    """Compile what the listener runs; where it is then, or nothing where it can not be."""
+    if os.environ.get("COMPILE") == "no":
+        return []
+    directory = environment / "compiled"
+    (package,) = environment.glob("lib/python*/site-packages/qmail_smtpd_py")
+    print("compiling what qmail-smtpd-listen runs ...", flush=True)
+    try:
+        compile_installed(python, package, directory, fetches=not _takes_the_systems())
+    except NotCompiled as error:
+        print(f"note: not compiled: {error}; it takes more processor time, and is the same else")
+        return []
+    return [directory]
 
 
 def _takes_the_systems() -> bool:

@@ -18,11 +18,24 @@ import threading
 from collections.abc import Iterator
 from importlib.util import cache_from_source, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conformance.program import ROOT, Program
 from conformance.stage import Stage
 from e2e.programs import as_mail_user, need
+
+
+def _module_of_setup(name: str) -> ModuleType:
+    """A module of the directory that is no package."""
+    spec = spec_from_file_location(name, ROOT / "setup" / f"{name}.py")
+    assert spec and spec.loader
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compiling = _module_of_setup("compiling")
 
 INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 PROGRAMS = {path.stem for path in ROOT.glob("man/*.8")}
@@ -42,7 +55,9 @@ def make(target: str, prefix: Path, **variables: object) -> str:
 
 
 def run_make(target: str, prefix: Path, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Nothing is compiled unless COMPILE says so: it takes longer than all else."""
     need("make")
+    variables.setdefault("COMPILE", "no")
     words = [f"{name}={value}" for name, value in variables.items()]
     return subprocess.run(
         ["make", "--silent", target, f"PREFIX={prefix}", f"PYTHON={INTERPRETER}", *words],
@@ -70,7 +85,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(directory / "lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (installed / "installed").exists():
-            make("install", installed)
+            make("install", installed, COMPILE="")
     return installed
 
 
@@ -148,6 +163,61 @@ def test_all_code_is_compiled(prefix: Path) -> None:
     }
     for source in sources:
         assert Path(cache_from_source(str(source))).stat().st_mtime >= source.stat().st_mtime
+
+
+COMPILED = compiling.MODULES
+
+
+def modules_of_the_listener(prefix: Path) -> list[str]:
+    """The files that an installed listener imports those modules from that can be compiled."""
+    text = (prefix / "bin/qmail-smtpd-listen").read_text()
+    lines = [line for line in text.splitlines() if line.startswith(("import sys", "sys.path"))]
+    names = [f"qmail_smtpd_py.{name}" for name in COMPILED]
+    lines += ["import qmail_smtpd_py.listener", f"for name in {names}:"]
+    lines += ["    print(sys.modules[name].__file__)"]
+    command = [INTERPRETER, "-IS", "-c", "\n".join(lines)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return told.splitlines()
+
+
+def test_the_listener_is_compiled(prefix: Path) -> None:
+    directory = f"{prefix}/venv/1/compiled/qmail_smtpd_py/"
+    found = modules_of_the_listener(prefix)
+    assert len(found) == len(COMPILED)
+    for path in found:
+        assert path.startswith(directory) and path.endswith(".so")
+
+
+def test_every_module_that_is_compiled_is_there() -> None:
+    assert {path.stem for path in (ROOT / "qmail_smtpd_py").glob("*.py")} >= set(COMPILED)
+
+
+def test_without_a_compiler(stage: Stage, tmp_path: Path) -> None:
+    """It is installed all the same, as are those that run for each connection."""
+    nothing, prefix = tmp_path / "nothing", tmp_path / "prefix"
+    nothing.mkdir()
+    done = subprocess.run(
+        [INTERPRETER, ROOT / "setup/install.py", "install", prefix],
+        env={**os.environ, "PATH": str(nothing)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "note: not compiled: there is no C compiler (Debian's gcc)" in done.stdout
+    assert not (prefix / "venv/1/compiled").exists()
+    assert {Path(path).suffix for path in modules_of_the_listener(prefix)} == {".py"}
+    assert session(stage, prefix / "bin/qmail-smtpd") == GREETING + GOODBYE
+
+
+def test_what_can_not_be_compiled_leaves_nothing(prefix: Path, tmp_path: Path) -> None:
+    wrong = shutil.copytree(ROOT / "qmail_smtpd_py", tmp_path / "qmail_smtpd_py")
+    with (wrong / "reply.py").open("a") as module:
+        module.write("\n\nWRONG: int = b'octets'\n")
+    python = prefix / "venv/1/bin/python"
+    with pytest.raises(compiling.NotCompiled, match=r"compiling\.py"):
+        compiling.compile_installed(python, wrong, tmp_path / "compiled", fetches=True)
+    assert not (tmp_path / "compiled").exists()
 
 
 def test_others_can_read_all_and_write_nothing(prefix: Path) -> None:
@@ -330,7 +400,7 @@ def test_a_package_finds_all_of_itself_where_it_is_unpacked(stage: Stage, tmp_pa
     root.mkdir()
     link = tmp_path / "link"
     link.symlink_to(root)
-    make("install", prefix, DESTDIR=f"{link}/")
+    make("install", prefix, DESTDIR=f"{link}/", COMPILE="")
     below = Path(f"{root}{prefix}")
     for name in PROGRAMS:
         text = (below / "bin" / name).read_text()
@@ -340,6 +410,7 @@ def test_a_package_finds_all_of_itself_where_it_is_unpacked(stage: Stage, tmp_pa
     make("uninstall", prefix, DESTDIR=root)
     assert not below.exists()
     has_auth_and_tls(stage, prefix / "bin/qmail-smtpd")
+    assert {Path(path).suffix for path in modules_of_the_listener(prefix)} == {".so"}
 
 
 # Removing it
@@ -404,10 +475,7 @@ def test_the_way_to_it_and_back(stage: Stage, qmail: Path, prefix: Path) -> None
 def test_the_list_of_what_is_ours_is_whole_where_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = spec_from_file_location("install", ROOT / "setup" / "install.py")
-    assert spec and spec.loader
-    install = module_from_spec(spec)
-    spec.loader.exec_module(install)
+    install = _module_of_setup("install")
     install.Installed(tmp_path).put("man/a.8", b"a", 0o644)
     write = Path.write_text
 

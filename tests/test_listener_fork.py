@@ -19,9 +19,9 @@ from listener.listening import PATIENCE, children, listening_on
 
 from qmail_smtpd_py import rehearsal
 from qmail_smtpd_py.control import ControlFiles
+from qmail_smtpd_py.service import Service
 from qmail_smtpd_py.smtpd import Resources
 from qmail_smtpd_py.tcpenviron import LookUps
-from qmail_smtpd_py.worker import Service
 
 NUMBERS = """
 import os, sys

@@ -1,0 +1,105 @@
+"""Compile what qmail-smtpd-listen serves a connection with: mypyc makes C of it, by annotations.
+
+    python setup/compiling.py TOOLS PACKAGE DIRECTORY       install.py runs this
+
+TOOLS is a directory with mypyc, or empty where `python` has it, PACKAGE has the sources, and
+DIRECTORY gets a copy of the package with an extension module for each that was compiled.
+
+Only the listener has a use for it: a program that is started for each connection would have the
+more to load.  Where it can not be compiled, or the interpreter is later replaced by one of another
+kind, the modules of the copy do the same in the usual way.
+
+Compiled code keeps Python's rules, but for two: outside of what was compiled no class of it can be
+derived from, and a value of another type than its annotation's is a TypeError at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+MODULES = (
+    # the core
+    "conduct", "connection", "effects", "lines", "maildata", "path", "reply", "sasl", "session",
+    "trace", "transaction", "watched",
+    # its edges
+    "authfailures", "badmailfrom", "cdb", "channel", "checkpassword", "control", "localip", "log",
+    "qmail_queue", "rcpthosts", "settings", "transcript", "wire",
+    # what brings them together, and what workers do beside it
+    "encryption", "proxyprotocol", "smtpd", "tcpenviron", "tcprules", "worker", "workerwire",
+)  # fmt: skip
+"""What runs for each connection; what runs before the fork is not worth it."""
+
+MYPYC = "mypy[mypyc] >= 1.15, < 3"
+
+_TRIAL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import qmail_smtpd_py.listener
+for name in sys.argv[2:]:
+    file = sys.modules[f"qmail_smtpd_py.{name}"].__file__
+    if file.endswith(".py"):
+        sys.exit(f"{file} was not compiled")
+"""
+
+
+class NotCompiled(Exception):
+    """It can not be; the text says why."""
+
+
+def compile_installed(python: Path, package: Path, directory: Path, fetches: bool) -> None:
+    """Compile a package that an interpreter has installed into a directory, which is not there
+    yet; mypyc is fetched, or the interpreter has it.  Raises NotCompiled, and leaves nothing.
+    """
+    if not shutil.which("cc"):
+        raise NotCompiled("there is no C compiler (Debian's gcc)")
+    if not os.path.exists(f"{sysconfig.get_path('include')}/Python.h"):
+        raise NotCompiled("the headers of Python are missing (Debian's python3-dev)")
+    with tempfile.TemporaryDirectory() as tools:
+        try:
+            if fetches:
+                _run(python, "-I", "-m", "pip", "install", "--quiet", "--target", tools, MYPYC)
+            _run(python, "-I", __file__, tools, package, directory)
+            _run(python, "-I", "-m", "compileall", "-q", directory)
+            _run(python, "-I", "-c", _TRIAL, directory, *MODULES)
+        except NotCompiled:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+
+def _run(*command: object) -> None:
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        told = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise NotCompiled(f"{' '.join(words[:5])}: {told[-1]}")
+
+
+def main() -> None:
+    """Make the copy, and compile it."""
+    tools, package, directory = map(Path, sys.argv[1:])
+    sys.path.insert(0, str(tools))
+    from mypyc.build import mypycify
+    from setuptools import setup
+
+    shutil.copytree(package, directory / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    os.chdir(directory)
+    sources = [f"{package.name}/{name}.py" for name in MODULES]
+    with tempfile.TemporaryDirectory() as scratch:
+        extensions = mypycify(
+            ["--config-file=", *sources],
+            group_name=package.name,
+            target_dir=scratch,
+            debug_level="0",
+        )
+        steps = ["build", "--build-base", scratch, "build_ext", "--inplace"]
+        setup(name=package.name, packages=[], ext_modules=extensions, script_args=steps)
+
+
+if __name__ == "__main__":
+    main()
