@@ -31,11 +31,12 @@ from . import (
     ucspitls,  # noqa: F401
     watched,  # noqa: F401
 )
+from .board import Place
 from .control import CachedControlFiles
 from .effects import ControlError
 from .oomscore import OomScore
 from .options import NAME, USAGE, Options, StartError, UsageError
-from .prefork import Employer, Place, Pool
+from .prefork import Employer, Pool
 from .process import environment, fill_descriptors, give_no_tickets
 from .service import Service
 from .smtpd import Resources

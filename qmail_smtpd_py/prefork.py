@@ -21,7 +21,6 @@ A worker that crashes is replaced; where they crash as soon as they are there, l
 from __future__ import annotations
 
 import gc
-import mmap
 import os
 import select
 import time
@@ -39,6 +38,7 @@ from _signal import (  # type: ignore[import-not-found]  # signal, without its e
 from _signal import signal as set_handler
 from os import _exit, close, fork  # who looks for them in a module writes to five pages more
 
+from .board import BUSY, EMPTY, IDLE, Board, Place
 from .log import OUT_OF_MEMORY, where
 
 TYPE_CHECKING = False
@@ -48,154 +48,12 @@ if TYPE_CHECKING:
 
     from .oomscore import OomScore
 
-_EMPTY, _IDLE, _BUSY, _LEAVING = b"\0", b"\1", b"\2", b"\3"
-
 _DEFAULT_IN_WORKERS = (SIGTERM, SIGALRM, SIGCHLD, SIGUSR2)
 
 _CRASH_DELAY, _LONGEST_CRASH_DELAY = 0.25, 30.0  # seconds; doubled with each crash in a row
 _MANY_CRASHES = 4  # in a row; as few may be chance
 _TICK = 0.05  # seconds; a worker that took no new connection in them is waiting for its client
 _YOUNG = 1.0  # seconds; who dies at that age, and not of a connection, can not work at all
-
-
-_STOPPING, _EPOCH, _LOOKING, _FIRST = range(4)  # where it stands on the board
-
-
-class Board:
-    """The state of each worker, one octet a place, in memory shared by parent and workers.
-
-    The first octets are the parent's: whether it is stopping, its epoch, which changes when workers
-    are to end or to be replaced, and whether it is going to look how many are idle.  Behind the
-    states stand the turns, an octet a place, which changes with each connection.
-    """
-
-    def __init__(self, places: int) -> None:
-        self._memory = mmap.mmap(-1, _FIRST + 2 * places)
-        self._end = _FIRST + places
-
-    def count(self, state: bytes) -> int:
-        """How many workers are in a state."""
-        return self._memory[_FIRST : self._end].count(state)
-
-    def is_busy(self, place: int) -> bool:
-        """Whether the worker at a place serves a connection, or died of one."""
-        return self._memory[_FIRST + place] == _BUSY[0]
-
-    def mark(self, place: int, state: bytes) -> None:
-        """Note the state of the worker at a place."""
-        self._memory[_FIRST + place] = state[0]
-
-    def take_turn(self, place: int) -> None:
-        """Note that the worker at a place has a new connection."""
-        self.mark(place, _BUSY)
-        turn = self._end + place
-        self._memory[turn] = (self._memory[turn] + 1) % 256
-
-    @property
-    def states_and_turns(self) -> tuple[bytes, bytes]:
-        """The states and the turns, a place an octet."""
-        return self._memory[_FIRST : self._end], self._memory[self._end :]
-
-    @property
-    def is_looking(self) -> bool:
-        """Whether the parent is going to look how many are idle, without being told."""
-        return bool(self._memory[_LOOKING])
-
-    def look(self, soon: bool) -> None:
-        """Note whether the parent is going to."""
-        self._memory[_LOOKING] = soon
-
-    def free_place(self) -> int:
-        """A place without a worker; negative if there is none."""
-        return self._memory.find(_EMPTY, _FIRST, self._end) - _FIRST
-
-    @property
-    def busy(self) -> int:
-        """How many connections are being served."""
-        return self.count(_BUSY)
-
-    @property
-    def idle(self) -> int:
-        """How many workers wait for a connection."""
-        return self.count(_IDLE)
-
-    @property
-    def stopping(self) -> bool:
-        """Whether workers are to end after the connection that they serve."""
-        return bool(self._memory[_STOPPING])
-
-    def stop(self) -> None:
-        """Tell all workers to end."""
-        self._memory[_STOPPING] = 1
-        self.next_epoch()
-
-    def epoch(self) -> int:
-        """Changes when workers are to end."""
-        return self._memory[_EPOCH]
-
-    def next_epoch(self) -> None:
-        """Tell all workers that there are now to end."""
-        self._memory[_EPOCH] = (self.epoch() + 1) % 256
-
-
-class Place:
-    """A worker's own place on the board, and the parent's ear.
-
-    `lifeline` is the end of a pipe that hangs up when the worker is not wanted any more.  What is
-    asked for each connection is a method: a property takes the interpreter twice the time.
-    """
-
-    def __init__(
-        self,
-        board: Board,
-        number: int,
-        *,
-        parent: int,
-        notify: int,
-        lifeline: int,
-        least_idle: int,
-        most_idle: int,
-    ) -> None:
-        self.board = board
-        self.lifeline = lifeline
-        self._number = number
-        self._notify = notify
-        self._most_idle = most_idle
-        self._least_idle = least_idle
-        self._epoch = board.epoch()
-        self._parent = parent
-
-    def begin(self) -> None:
-        """A connection was accepted; the parent is told if too few others wait for the next, and
-        there is a place for one more: one that becomes free does so by a death, and of that SIGCHLD
-        tells.
-        """
-        self.board.take_turn(self._number)
-        board = self.board
-        if board.idle < self._least_idle and not board.is_looking and board.free_place() >= 0:
-            try:
-                os.write(self._notify, b".")
-            except OSError:
-                pass  # full, or ours was restarted: it looks anyway, or need not
-
-    def end(self) -> None:
-        """The connection is over."""
-        self.board.mark(self._number, _IDLE)
-
-    def is_wanted(self) -> bool:
-        """Whether the worker is to go on: nothing told it to end, and its parent lives."""
-        return self.board.epoch() == self._epoch and not self.is_orphan()
-
-    def leave_if_spare(self) -> bool:
-        """Whether more workers are idle than are of use; if so, this one counts no more."""
-        if self.board.idle <= self._most_idle:
-            return False
-        self.board.mark(self._number, _LEAVING)
-        return True
-
-    def is_orphan(self) -> bool:
-        """Whether the parent is gone."""
-        return os.getppid() != self._parent
 
 
 class Employer:
@@ -270,7 +128,7 @@ class Pool:
             place = self.board.free_place()
             if place < 0:
                 return
-            self.board.mark(place, _BUSY)
+            self.board.mark(place, BUSY)
             self._places[pid] = place
             self._births[pid] = 0.0
 
@@ -281,7 +139,7 @@ class Pool:
         self.board.look(soon=False)  # before we do: who becomes busy behind our back tells us
         if self.board.stopping or time.monotonic() < self._fork_at:
             return
-        wanted = min(self._number_to_fork(was_short), self.board.count(_EMPTY))
+        wanted = min(self._number_to_fork(was_short), self.board.count(EMPTY))
         if wanted:
             self._employer.prepare()
             gc.freeze()  # the children leave what is there alone, and its pages stay shared
@@ -313,8 +171,8 @@ class Pool:
         before, self._looked_at = self._turns, time.monotonic()
         states, self._turns = self.board.states_and_turns
         turns = zip(states, before, self._turns)
-        stuck = sum(state == _BUSY[0] and old == new for state, old, new in turns)
-        return 2 * stuck < states.count(_BUSY)
+        stuck = sum(state == BUSY[0] and old == new for state, old, new in turns)
+        return 2 * stuck < states.count(BUSY)
 
     def wait(self, longest: float | None) -> None:
         """Sleep until there is something to do, but for no more than so many seconds."""
@@ -379,7 +237,7 @@ class Pool:
             was_busy = self.board.is_busy(place)
             has_worked = not status or age > _YOUNG or was_busy
             self._crashes = 0 if has_worked else self._crashes + 1
-            self.board.mark(place, _EMPTY)
+            self.board.mark(place, EMPTY)
             if status and was_busy:
                 self._employer.tell_end(pid, status, self.board.busy)
             if status and not self.board.stopping:
@@ -407,7 +265,7 @@ class Pool:
         places, works = [], []
         for _ in range(number):
             place = self.board.free_place()
-            self.board.mark(place, _IDLE)
+            self.board.mark(place, IDLE)
             places.append(place)
             # Here, as the epoch that counts is that of the lifeline: later there may be another.
             works.append(self._employer.employ(self._place(place)))
@@ -418,7 +276,7 @@ class Pool:
             self._births[pid] = now
             self._owes_one = False
         for place in places[len(pids) :]:
-            self.board.mark(place, _EMPTY)
+            self.board.mark(place, EMPTY)
 
     def _place(self, number: int) -> Place:
         return Place(

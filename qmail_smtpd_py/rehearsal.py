@@ -20,9 +20,9 @@ import signal
 import socket
 import time
 
+from .board import Board, Place
 from .certificates import TlsError
 from .channel import ClientChannel
-from .prefork import Board, Place
 from .tcpenviron import LookUps
 from .tcprules import RulesError
 from .worker import Worker, logging_to

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
-    from .prefork import Place
+    from .board import Place
     from .service import Service
 
 IDLE_SECONDS = 5.0

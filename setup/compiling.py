@@ -31,7 +31,8 @@ MODULES = (
     "authfailures", "badmailfrom", "cdb", "channel", "checkpassword", "control", "localip", "log",
     "qmail_queue", "rcpthosts", "settings", "transcript", "wire",
     # what brings them together, and what workers do beside it
-    "encryption", "proxyprotocol", "smtpd", "tcpenviron", "tcprules", "worker", "workerwire",
+    "board", "encryption", "proxyprotocol", "smtpd", "tcpenviron", "tcprules", "worker",
+    "workerwire",
 )  # fmt: skip
 """What runs for each connection; what runs before the fork is not worth it."""
 

@@ -29,7 +29,7 @@ from listener.peers import compile_rules
 from listener.world import address
 
 from qmail_smtpd_py import oomscore
-from qmail_smtpd_py.prefork import Board, Place
+from qmail_smtpd_py.board import Board, Place
 
 pytest_plugins = ["listener.fixtures"]
 
