@@ -19,7 +19,7 @@ MEMORY_NEEDS: dict[int, tuple[int, int]] = {9: (11, 33), 11: (15, 37), 13: (14, 
 """README's table: the smallest memory limits that work, in MB, by the minor version of Python 3:
 without TLS, and with TLS and AUTH."""
 
-LISTENER_NEEDS = 48
+LISTENER_NEEDS = 50
 """The same in MB for a worker of qmail-smtpd-listen with TLS: docs/listener.md."""
 
 _SMALLEST_DATABYTES = 10000

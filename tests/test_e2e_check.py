@@ -1059,7 +1059,7 @@ def test_memory_needs_are_those_of_the_documents():
 
 
 @with_tls
-@pytest.mark.parametrize(("limit", "codes"), [(47_000_000, ["memory"]), (49_000_000, [])])
+@pytest.mark.parametrize(("limit", "codes"), [(49_000_000, ["memory"]), (51_000_000, [])])
 def test_memory_limit_of_the_listener(checked, limit, codes):
     run = checked.run_file(memory=limit)
     text = run.read_text().replace(f" {checked.home.programs}/qmail-smtpd", "")
