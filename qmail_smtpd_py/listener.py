@@ -15,21 +15,18 @@ import socket
 import sys
 import time
 
+from . import preload  # noqa: F401  isort: skip
+
 # What nobody names below is what sessions import late: here before the first, as the files may be
 # gone by then, if a newer version was installed meanwhile.
 from . import (
     activation,  # noqa: F401
     afterfork,
-    authfailures,  # noqa: F401
     background,
-    checkpassword,  # noqa: F401
-    localip,  # noqa: F401
     log,
     sockets,
     tls,
-    transcript,  # noqa: F401
     ucspitls,  # noqa: F401
-    watched,  # noqa: F401
 )
 from .board import Place
 from .control import CachedControlFiles

@@ -47,7 +47,8 @@ def _try(load: Callable[[], object], spare: int) -> NoReturn:
     """Exit with 0 if there is room."""
     status = 1
     try:
-        set_wakeup_fd(-1)  # the parent's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it is for the parent to find words
+        set_wakeup_fd(-1)  # which is the parent's
         signal(SIGALRM, SIG_DFL)
         alarm(_SECONDS)
         _load(load)

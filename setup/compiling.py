@@ -15,6 +15,7 @@ derived from, and a value of another type than its annotation's is a TypeError a
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -23,18 +24,16 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-MODULES = (
-    # the core
-    "conduct", "connection", "effects", "lines", "maildata", "path", "reply", "sasl", "session",
-    "trace", "transaction", "watched",
-    # its edges
-    "authfailures", "badmailfrom", "cdb", "channel", "checkpassword", "control", "localip", "log",
-    "qmail_queue", "rcpthosts", "settings", "transcript", "wire",
-    # what brings them together, and what workers do beside it
-    "board", "encryption", "proxyprotocol", "smtpd", "tcpenviron", "tcprules", "worker",
-    "workerwire",
-)  # fmt: skip
-"""What runs for each connection; what runs before the fork is not worth it."""
+PACKAGE = Path(__file__).resolve().parent.parent / "qmail_smtpd_py"
+FIRST = "preload"
+
+
+def modules() -> list[str]:
+    """What is compiled: the module that loads them all, and what it loads."""
+    tree = ast.parse((PACKAGE / f"{FIRST}.py").read_bytes())
+    found = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
+    return [FIRST, *(alias.name for node in found for alias in node.names)]
+
 
 MYPYC = "mypy[mypyc] >= 1.15, < 3"
 
@@ -67,7 +66,7 @@ def compile_installed(python: Path, package: Path, directory: Path, fetches: boo
                 _run(python, "-I", "-m", "pip", "install", "--quiet", "--target", tools, MYPYC)
             _run(python, "-I", __file__, tools, package, directory)
             _run(python, "-I", "-m", "compileall", "-q", directory)
-            _run(python, "-I", "-c", _TRIAL, directory, *MODULES)
+            _run(python, "-I", "-c", _TRIAL, directory, *modules())
         except NotCompiled:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -90,7 +89,7 @@ def main() -> None:
 
     shutil.copytree(package, directory / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     os.chdir(directory)
-    sources = [f"{package.name}/{name}.py" for name in MODULES]
+    sources = [f"{package.name}/{name}.py" for name in modules()]
     with tempfile.TemporaryDirectory() as scratch:
         extensions = mypycify(
             ["--config-file=", *sources],

@@ -165,7 +165,7 @@ def test_all_code_is_compiled(prefix: Path) -> None:
         assert Path(cache_from_source(str(source))).stat().st_mtime >= source.stat().st_mtime
 
 
-COMPILED = compiling.MODULES
+COMPILED = compiling.modules()
 
 
 def modules_of_the_listener(prefix: Path) -> list[str]:

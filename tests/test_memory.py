@@ -31,6 +31,11 @@ def take_all() -> None:
     bytes(HUGE)
 
 
+def complain() -> None:
+    os.write(2, b"a traceback\n")
+    raise MemoryError
+
+
 def find_no_file() -> None:
     raise OSError("no such file")
 
@@ -58,13 +63,14 @@ def test_what_is_tried_is_done_in_a_child(tight: None) -> None:
         os.waitpid(child, os.WNOHANG)
 
 
-@pytest.mark.parametrize("load", [crash, never_end, take_all])
+@pytest.mark.parametrize("load", [crash, never_end, take_all, complain])
 def test_what_becomes_of_the_child_is_want_of_memory(
-    tight: None, monkeypatch: pytest.MonkeyPatch, load
+    tight: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], load
 ) -> None:
     monkeypatch.setattr(memory, "_SECONDS", 1)
     with pytest.raises(MemoryError):
         memory.see_room_for(load, 1)
+    assert capfd.readouterr().err == ""
 
 
 def test_what_is_taken_beside_it_has_to_be_there(tight: None) -> None:
