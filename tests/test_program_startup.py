@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conformance.program import ROOT, Program
@@ -74,6 +75,21 @@ def test_pyopenssl_is_imported_for_starttls_and_not_before(stage: Stage) -> None
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     stage.control({"servercert.pem": "@server-rsa.pem"})
     assert imported(stage, b"EHLO client.example.com\r\n") == PLAIN
+
+
+@pytest.mark.tls
+def test_one_openssl_is_enough(stage: Stage) -> None:
+    """Where the interpreter has hashes of its own; elsewhere hashlib could not do without."""
+    stage.control({"me": "mx.example.org\n", "servercert.pem": "@server-rsa.pem"})
+    with Program(stage) as program:
+        client = program.client
+        assert client.reply() == "220 mx.example.org ESMTP"
+        assert client.command(b"STARTTLS") == "220 ready for tls"
+        assert client.start_tls() == "ok"
+        maps = Path(f"/proc/{program.pid}/maps").read_text()
+        assert client.command(b"QUIT") == "221 mx.example.org"
+    assert "_rust" in maps
+    assert ("_hashlib" in maps) == ("_sha1" not in sys.builtin_module_names)
 
 
 @pytest.mark.tls
