@@ -116,7 +116,7 @@ def _read_v1(connection: Socket, deadline: float) -> Addresses | None:
         if b"%" in line:  # a zone (RFC 4007 section 11), which has no meaning to another host
             raise ValueError
         family, source, destination, *ports = words[1:]
-        source_port, destination_port = map(_port, ports)
+        source_port, destination_port = [_port(word) for word in ports]
         ends = ipaddress.ip_address(source), ipaddress.ip_address(destination)
         if any(family != f"TCP{end.version}" for end in ends):
             raise ValueError

@@ -97,6 +97,8 @@ BROKEN = {
     "v1 underscore": b"PROXY TCP4 192.0.2.7 198.51.100.1 4_711 25\r\n",
     "v1 too few": b"PROXY TCP4 192.0.2.7 198.51.100.1 4711\r\n",
     "v1 too many": b"PROXY TCP4 192.0.2.7 198.51.100.1 4711 25 26\r\n",
+    "v1 too many, the last none": b"PROXY TCP4 192.0.2.7 198.51.100.1 4711 25 x\r\n",
+    "v1 blank at its end": b"PROXY TCP4 192.0.2.7 198.51.100.1 4711 25 \r\n",
     "v1 blanks": b"PROXY TCP4  192.0.2.7 198.51.100.1 4711 25\r\n",
     "v1 no CR": b"PROXY TCP4 192.0.2.7 198.51.100.1 4711 25\n" + 100 * b"x",
     "v1 without end": b"PROXY UNKNOWN " + 200 * b"x",
@@ -333,6 +335,17 @@ def test_a_listed_peer_without_a_header_is_hung_up_on(mx: Stage) -> None:
             client = through(listener, octets, peer)
             assert client.read_to_end() == b""
         listener.log.wait_for(rf": drop \d+ from {peer}: no PROXY header$", 2)
+
+
+def test_no_broken_header_ends_a_worker(mx: Stage) -> None:
+    """What it is has a line in the log, whatever is wrong with it."""
+    peer = address()
+    with Listening(mx, f"--proxy-from={peer}") as listener:
+        for header in BROKEN.values():
+            client = through(listener, header + bytes(3000), peer)
+            assert client.read_to_end() == b""
+        listener.log.wait_for(rf": drop \d+ from {peer}: .*PROXY header.*$", len(BROKEN))
+        assert "fatal" not in listener.log.text()
 
 
 # haproxy
