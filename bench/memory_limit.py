@@ -5,7 +5,8 @@
 A run file's `softlimit -m` counts address space, of each process by itself: what libraries take of
 it, the interpreter's and OpenSSL's, is far more than is ever in memory, and none of it can be seen
 in advance.  So it is tried: for each kind of session, limits are halved between until the smallest
-is found, to half a megabyte, under which the session goes through.  Printed are that limit, the
+is found, to half a megabyte, under which the session goes through; a larger one may still not do,
+as libraries are left out for which there is no room.  Printed are that limit, the
 largest resident set of qmail-smtpd in such a session without limit, and, for limits that are too
 low, what the client saw and the first line of the log that
 says what went wrong.  MB are softlimit's, 1,000,000 octets.

@@ -211,7 +211,7 @@ class Encryption:
         return self.channel.certified_address([client.lower() for client in clients])
 
 
-_FOR_ONE = 512 << 10
+_FOR_ONE = 1 << 20
 """Octets of address space that a session takes beside what TLS does."""
 
 _FOR_MANY = 5 << 20

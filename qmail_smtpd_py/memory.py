@@ -28,7 +28,7 @@ _SECONDS = 5  # for what takes 0.1
 
 def see_room_for(load: Callable[[], object], spare: int) -> None:
     """Raise MemoryError where there is no room for what `load` loads and `spare` octets beside it,
-    or OSError where a child that tries it can not be had.
+    or OSError where a child that tries it can not be had, or takes too long.
 
     An exception of `load` is not raised, unless it is MemoryError: it is for its next caller.
     """
@@ -39,7 +39,10 @@ def see_room_for(load: Callable[[], object], spare: int) -> None:
         child = os.fork()
     if not child:
         _try(load, spare)
-    if os.waitpid(child, 0)[1]:
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == SIGALRM:
+        raise TimeoutError(f"not loaded in {_SECONDS} s")
+    if status:
         raise MemoryError
 
 

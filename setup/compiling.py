@@ -36,6 +36,7 @@ def modules() -> list[str]:
 
 
 MYPYC = "mypy[mypyc] >= 1.15, < 3"
+OLDEST = (3, 10)
 
 _TRIAL = """
 import sys
@@ -56,11 +57,15 @@ def compile_installed(python: Path, package: Path, directory: Path, fetches: boo
     """Compile a package that an interpreter has installed into a directory, which is not there
     yet; mypyc is fetched, or the interpreter has it.  Raises NotCompiled, and leaves nothing.
     """
-    if not shutil.which("cc"):
-        raise NotCompiled("there is no C compiler (Debian's gcc)")
+    if sys.version_info < OLDEST:
+        raise NotCompiled("what is compiled for Python 3.9 loses memory")
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    if not shutil.which(compiler):
+        raise NotCompiled(f"there is no C compiler {compiler} (Debian's gcc)")
     if not os.path.exists(f"{sysconfig.get_path('include')}/Python.h"):
         raise NotCompiled("the headers of Python are missing (Debian's python3-dev)")
-    with tempfile.TemporaryDirectory() as tools:
+    # Not below TMPDIR, where nothing may be executed on some hosts.
+    with tempfile.TemporaryDirectory(dir=directory.parent) as tools:
         try:
             if fetches:
                 _run(python, "-I", "-m", "pip", "install", "--quiet", "--target", tools, MYPYC)
@@ -73,16 +78,28 @@ def compile_installed(python: Path, package: Path, directory: Path, fetches: boo
 
 
 def _run(*command: object) -> None:
-    words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+    """Run a step; raises NotCompiled with the last error of what it says when it fails, but not
+    with setuptools' own, which is the compiler's command.
+    """
+    done = subprocess.run(
+        [str(word) for word in command],
+        # Warnings that packagers ask for would be errors: mypyc adds -Werror.
+        env={name: value for name, value in os.environ.items() if name != "CFLAGS"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     if done.returncode:
-        told = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise NotCompiled(f"{' '.join(words[:5])}: {told[-1]}")
+        lines = [line for line in done.stdout.splitlines() if "error: Command " not in line]
+        told = [line for line in lines if "rror:" in line]
+        why = [f"exit status {done.returncode}", *lines, *told][-1]
+        raise NotCompiled(why.strip()[:200])
 
 
 def main() -> None:
     """Make the copy, and compile it."""
-    tools, package, directory = map(Path, sys.argv[1:])
+    tools, package, directory = (Path(name).resolve() for name in sys.argv[1:])
     sys.path.insert(0, str(tools))
     from mypyc.build import mypycify
     from setuptools import setup
@@ -90,9 +107,9 @@ def main() -> None:
     shutil.copytree(package, directory / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     os.chdir(directory)
     sources = [f"{package.name}/{name}.py" for name in modules()]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=tools) as scratch:
         extensions = mypycify(
-            ["--config-file=", *sources],
+            ["--config-file=", f"--cache-dir={scratch}/cache", *sources],
             group_name=package.name,
             target_dir=scratch,
             debug_level="0",

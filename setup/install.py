@@ -33,6 +33,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,6 +147,7 @@ def install(prefix: Path, destdir: str) -> None:
     before = set(installed.digests)
     pages = {**_pages(), **_documents()}
     _check_free(installed, {f"bin/{name}" for name in PROGRAMS} | set(pages))
+    in_force = _in_force(target)
     environment = _new_environment(target / "venv")
     launchers = _fill(environment)
     files = {**pages, **_services(prefix), **_programs(launchers, destdir)}
@@ -153,8 +155,9 @@ def install(prefix: Path, destdir: str) -> None:
         executable = name.startswith(("bin/", "hooks/")) or name.endswith("/run")
         installed.put(name, content, 0o755 if executable else 0o644)
     installed.remove(before - set(files))
-    for old in _environments(target / "venv")[:-2]:
-        shutil.rmtree(old)
+    for old in _environments(target / "venv"):
+        if old != environment and old.name not in in_force:
+            shutil.rmtree(old)
     print(f"installed in {prefix}: bin/qmail-smtpd, man, docs, run, systemd, fail2ban, hooks")
     for path in _closed_to_others(target):
         print(f"note: other users can not run the programs, as {path} is closed to them")
@@ -204,6 +207,13 @@ def _environments(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
+def _in_force(target: Path) -> set[str]:
+    """The names of the virtual environments that installed launchers run code of."""
+    paths = [target / "bin" / name for name in PROGRAMS]
+    texts = [path.read_bytes() for path in paths if path.exists()]
+    return {number.decode() for text in texts for number in re.findall(rb"/venv/(\d+)/", text)}
+
+
 def _new_environment(directory: Path) -> Path:
     number = max((int(path.name) for path in _environments(directory)), default=0) + 1
     return directory / str(number)
@@ -238,11 +248,11 @@ def _compile(python: Path, environment: Path) -> list[Path]:
         return []
     directory = environment / "compiled"
     (package,) = environment.glob("lib/python*/site-packages/qmail_smtpd_py")
-    print("compiling what qmail-smtpd-listen runs ...", flush=True)
+    print("compiling what qmail-smtpd-listen runs, in a minute and 0.5 GB ...", flush=True)
     try:
         compile_installed(python, package, directory, fetches=not _takes_the_systems())
     except NotCompiled as error:
-        print(f"note: not compiled: {error}; it takes more processor time, and is the same else")
+        print(f"note: not compiled: {error}\nIt serves all the same, with more processor time.")
         return []
     return [directory]
 
@@ -305,6 +315,7 @@ def uninstall(prefix: Path, destdir: str) -> None:
 
 def main() -> int:
     """Do what the arguments say; returns the exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half made is removed
     try:
         action = {"install": install, "uninstall": uninstall}[sys.argv[1]]
         destdir = os.environ.get("DESTDIR")
@@ -312,6 +323,9 @@ def main() -> int:
         action(Path(os.path.abspath(sys.argv[2])), root)
     except (Failure, OSError) as failure:
         print(f"setup/install.py: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("setup/install.py: interrupted", file=sys.stderr)
         return 1
     return 0
 

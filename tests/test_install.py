@@ -180,12 +180,19 @@ def modules_of_the_listener(prefix: Path) -> list[str]:
     return told.splitlines()
 
 
+IS_COMPILED = sys.version_info >= compiling.OLDEST
+
+
 def test_the_listener_is_compiled(prefix: Path) -> None:
-    directory = f"{prefix}/venv/1/compiled/qmail_smtpd_py/"
     found = modules_of_the_listener(prefix)
     assert len(found) == len(COMPILED)
     for path in found:
-        assert path.startswith(directory) and path.endswith(".so")
+        assert path.endswith(".so") == IS_COMPILED
+        assert path.startswith(f"{prefix}/venv/1/compiled/qmail_smtpd_py/") == IS_COMPILED
+    assert {path.name for path in prefix.glob("venv/1/compiled/*")} <= {
+        "qmail_smtpd_py",
+        *(path.name for path in prefix.glob("venv/1/compiled/*.so")),
+    }
 
 
 def test_every_module_that_is_compiled_is_there() -> None:
@@ -204,7 +211,7 @@ def test_without_a_compiler(stage: Stage, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "note: not compiled: there is no C compiler (Debian's gcc)" in done.stdout
+    assert re.search(r"note: not compiled: there is no C compiler .*\(Debian's gcc\)", done.stdout)
     assert not (prefix / "venv/1/compiled").exists()
     assert {Path(path).suffix for path in modules_of_the_listener(prefix)} == {".py"}
     assert session(stage, prefix / "bin/qmail-smtpd") == GREETING + GOODBYE
@@ -215,7 +222,7 @@ def test_what_can_not_be_compiled_leaves_nothing(prefix: Path, tmp_path: Path) -
     with (wrong / "reply.py").open("a") as module:
         module.write("\n\nWRONG: int = b'octets'\n")
     python = prefix / "venv/1/bin/python"
-    with pytest.raises(compiling.NotCompiled, match=r"compiling\.py"):
+    with pytest.raises(compiling.NotCompiled, match="Incompatible types" if IS_COMPILED else "3.9"):
         compiling.compile_installed(python, wrong, tmp_path / "compiled", fetches=True)
     assert not (tmp_path / "compiled").exists()
 
@@ -410,7 +417,9 @@ def test_a_package_finds_all_of_itself_where_it_is_unpacked(stage: Stage, tmp_pa
     make("uninstall", prefix, DESTDIR=root)
     assert not below.exists()
     has_auth_and_tls(stage, prefix / "bin/qmail-smtpd")
-    assert {Path(path).suffix for path in modules_of_the_listener(prefix)} == {".so"}
+    assert {Path(path).suffix for path in modules_of_the_listener(prefix)} == {
+        ".so" if IS_COMPILED else ".py"
+    }
 
 
 # Removing it
