@@ -20,8 +20,8 @@ PREFIX is a directory of our own, such as /usr/local/qmail-smtpd-py:
 
 A new version comes as a virtual environment beside the old one, and is in force when its launchers
 have been renamed over the old ones.  Until then nothing has changed, and whatever fails changes
-nothing.  Sessions that run meanwhile go on with the code that they began with: the environment
-before the last one stays until the next installation.
+nothing.  Sessions that run meanwhile go on with the code that they began with: the environment that
+was in force stays until the next installation.
 
 A file that is not in `installed` is somebody else's: it is neither replaced nor removed.  A file
 that is in it, but was changed, is not removed either, and one that is to be copied not replaced.
