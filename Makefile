@@ -84,7 +84,8 @@ bench-servers: .venv/run
 	.venv/bin/python bench/servers.py --bin $(PREFIX)/bin --peer $(PEER)
 
 install: venv-module system-packages
-	@DESTDIR='$(DESTDIR)' SYSTEM='$(SYSTEM)' COMPILE='$(COMPILE)' $(PYTHON) setup/install.py install '$(PREFIX)'
+	@DESTDIR='$(DESTDIR)' SYSTEM='$(SYSTEM)' COMPILE='$(COMPILE)' \
+		$(PYTHON) setup/install.py install '$(PREFIX)'
 
 uninstall: python
 	@DESTDIR='$(DESTDIR)' $(PYTHON) setup/install.py uninstall '$(PREFIX)'

@@ -41,7 +41,7 @@ from . import reply
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
     from types import CodeType
     from typing import Union
 
@@ -241,22 +241,19 @@ def launcher(name: str, image_path: Path) -> bytes:
     return os.fsencode(text)
 
 
-def tool(name: str, compiled: str | None = None) -> bytes:
-    """The launcher of a tool, which looks for this package in the directory of a compiled one, if
-    there is one; raises ValueError where no script can name the interpreter.
+def tool(name: str, first: Sequence[str] = ()) -> bytes:
+    """The launcher of a tool; `first` are directories to look for this package in before its own.
+    Raises ValueError where no script can name the interpreter.
     """
-    surroundings = _surroundings([compiled] if compiled else [])
-    return os.fsencode(_TOOL.format(name=name, main=TOOLS[name], **surroundings))
+    return os.fsencode(_TOOL.format(name=name, main=TOOLS[name], **_surroundings(first)))
 
 
-def _surroundings(path: Collection[str] = ()) -> dict[str, object]:
-    """The interpreter, and where the packages are that this one needs, and this one, behind what is
-    looked through before.
-    """
+def _surroundings(first: Sequence[str] = ()) -> dict[str, object]:
+    """The interpreter, and where to look for the packages that this one needs, and for this one."""
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     if " " in interpreter or len(f"#!{interpreter} -IS") > SHEBANG_LIMIT:
         raise ValueError(f"no script can name {interpreter!r}: it has a blank, or is too long")
-    path = [*path, *map(sysconfig.get_path, ("purelib", "platlib")), str(SOURCES.parent)]
+    path = [*first, *map(sysconfig.get_path, ("purelib", "platlib")), str(SOURCES.parent)]
     path += [place for place in map(_place, NEEDED) if place]
     return {
         "interpreter": interpreter,
@@ -275,13 +272,13 @@ def _place(package: str) -> str | None:
 def main() -> int:
     """Write all launchers and images into the directory that is named; returns the exit status."""
     directory = Path(sys.argv[1]).resolve()
-    compiled = str(Path(sys.argv[2]).resolve()) if sys.argv[2:] else None
+    compiled = [os.path.realpath(name) for name in sys.argv[2:]]
     for name, program in PROGRAMS.items():
         image_path = directory / f"{name}.image"
         _write(image_path, image(program), 0o644)
         _write(directory / name, launcher(name, image_path), 0o755)
     for name in TOOLS:
-        _write(directory / name, tool(name, compiled if name in SERVERS else None), 0o755)
+        _write(directory / name, tool(name, compiled if name in SERVERS else ()), 0o755)
     return 0
 
 

@@ -36,7 +36,8 @@ def see_room_for(load: Callable[[], object], spare: int) -> None:
         bytes(_AMPLE)
         return
     except MemoryError:
-        child = os.fork()
+        pass
+    child = os.fork()
     if not child:
         _try(load, spare)
     status = os.waitpid(child, 0)[1]

@@ -26,17 +26,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qmail_smtpd_py"
 FIRST = "preload"
-
-
-def modules() -> list[str]:
-    """What is compiled: the module that loads them all, and what it loads."""
-    tree = ast.parse((PACKAGE / f"{FIRST}.py").read_bytes())
-    found = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
-    return [FIRST, *(alias.name for node in found for alias in node.names)]
-
+"""The module that loads all that are compiled."""
 
 MYPYC = "mypy[mypyc] >= 1.15, < 3"
+"""What pip is asked for."""
+
 OLDEST = (3, 10)
+"""Of the versions of Python: what is compiled for an older one loses memory with each session."""
 
 _TRIAL = """
 import sys
@@ -51,6 +47,13 @@ for name in sys.argv[2:]:
 
 class NotCompiled(Exception):
     """It can not be; the text says why."""
+
+
+def modules() -> list[str]:
+    """What is compiled: the module that loads them all, and what it loads."""
+    tree = ast.parse((PACKAGE / f"{FIRST}.py").read_bytes())
+    found = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
+    return [FIRST, *(alias.name for node in found for alias in node.names)]
 
 
 def compile_installed(python: Path, package: Path, directory: Path, fetches: bool) -> None:
