@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from . import certificates, log, memory, reply
+from . import certificates, lean, log, memory, reply
 from .certificates import TlsError
 from .connection import cipher_in
 from .effects import ControlError
@@ -73,7 +73,7 @@ class Encryption:
             return None
         try:
             if "OpenSSL.SSL" not in sys.modules:
-                _leave_out_the_hosts_openssl()
+                lean.leave_out()
                 memory.see_room_for(self._try_all, _FOR_MANY if self._contexts else _FOR_ONE)
             self._choose()
             if self._contexts:
@@ -218,18 +218,6 @@ _FOR_MANY = 5 << 20
 """The same for a listener, which arranges its memory, and whose interpreter may not even end where
 that runs out.
 """
-
-_OWN_HASHES = frozenset(("_blake2", "_md5", "_sha1", "_sha3"))
-
-
-def _leave_out_the_hosts_openssl() -> None:
-    """Have hashlib, of which pyOpenSSL needs little, do without OpenSSL: it would load that of the
-    host beside the one that TLS is made with, which is a twentieth of the time and a tenth of the
-    memory.  Where an interpreter does not have the hashes built in, hashlib would complain.
-    """
-    if _OWN_HASHES.issubset(sys.builtin_module_names):
-        sys.modules.setdefault("_hashlib", None)  # type: ignore[arg-type]
-
 
 _NOT_LOADED = (ImportError, MemoryError, OSError, RuntimeError, SystemError)
 """What importing a library raises where it is not there, or memory runs out."""

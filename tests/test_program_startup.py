@@ -93,6 +93,40 @@ def test_one_openssl_is_enough(stage: Stage) -> None:
 
 
 @pytest.mark.tls
+def test_what_pyopenssl_imports_for_nothing_is_left_out(stage: Stage) -> None:
+    """And what is asked for after all is there."""
+    program = """
+import sys
+from qmail_smtpd_py import lean
+lean.leave_out()
+import OpenSSL.SSL
+from cryptography import x509
+names = "typing_extensions", "email.utils", "calendar"
+print(*(name for name in names if hasattr(sys.modules.get(name), "__file__")))
+assert str(x509.RFC822Name("a@example.org").value) == "a@example.org"
+import email.utils
+assert email.utils.parseaddr("A <a@example.org>") == ("A", "a@example.org")
+assert email.utils.formataddr(("A", "a@example.org")) == "A <a@example.org>"
+assert email.utils is sys.modules["email.utils"] and email.utils.__file__
+import calendar
+assert calendar.timegm((1970, 1, 2, 0, 0, 0)) == 86400
+if sys.version_info < (3, 13):
+    from typing_extensions import Self
+    assert sys.modules["typing_extensions"].__file__
+try:
+    from email.utils import no_such_name
+except ImportError:
+    pass
+before = [sys.modules.get(name) for name in names]
+lean.leave_out()
+assert [sys.modules.get(name) for name in names] == before
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+@pytest.mark.tls
 @pytest.mark.parametrize("theirs", [None, "/dev/null"])
 def test_children_do_not_see_how_openssl_is_configured(stage: Stage, theirs: str | None) -> None:
     """But by an administrator, who then has the tickets that OpenSSL gives by itself."""
