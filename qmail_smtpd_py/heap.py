@@ -13,9 +13,10 @@ that is in use is counted.  What was loaded leaves both all over the heap:
             copies.
 
 What it is good for, on one machine: the private memory of a busy worker is 1.1 to 1.2 MiB instead
-of 1.4 to 1.6, and a process for each connection (`--max-use=1`) costs a tenth to a fifth less.  The
-CPU time of workers that live longer is the same.  Where it can not be done, or there is no memory
-for it, it is left undone.
+of 1.4 to 1.6, and a process for each connection (`--max-use=1`) costs a tenth to a fifth less; with
+compiled sessions it is a tenth fewer of the pages that such a process writes to or reads first.
+The CPU time of workers that live longer is the same.  Where it can not be done, or there is no
+memory for it, it is left undone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+from itertools import repeat
 from types import CodeType, FunctionType
 
 TYPE_CHECKING = False
@@ -36,6 +38,8 @@ _SMALL = 512  # octets; what is larger the interpreter, too, has from malloc
 # Octets of a pool, which has objects of one size, and of its head; CPython 3.9 has 4 KiB.
 _POOL, _HEAD = 16 << 10, 48 if _WIDE else 32
 _ROOM = 64 << 10  # octets; what the holes of one small size come to is less
+_LOOKING = 8 * _STEP  # octets: no object that it takes to look at others is larger
+_FEW = 16
 _EMPTY = sys.getsizeof(b"")  # octets; 33 or 17
 
 _LARGE = 4096  # octets; no session asks malloc for many pieces that are larger, but buffers
@@ -83,21 +87,29 @@ class Filling:
                     return
 
     def _fill_small(self, size: int) -> None:
-        """Fill the interpreter's holes of a size, until two objects are in a pool of their own."""
-        before = 0
-        for number in range(_ROOM // size):
-            made = _object(size, number)
-            self._objects.append(made)
-            if id(made) % _POOL == _HEAD + size and id(made) == before + size:
+        """Fill the interpreter's holes of a size, until two objects begin a pool of their own.
+
+        To look where they are takes small objects, too, which would come in between: of those sizes
+        some are made at a time.
+        """
+        few = _FEW if size <= _LOOKING else 1
+        for _ in range(_ROOM // size // few):
+            self._objects.extend(map(_object, repeat(size, few)))
+            recent = self._objects[-few - 1 :]
+            if any(_begin_pool(size, *pair) for pair in zip(map(id, recent), map(id, recent[1:]))):
                 break
-            before = id(made)
 
 
-def _object(size: int, number: int) -> object:
+def _begin_pool(size: int, first: int, second: int) -> bool:
+    """Whether at these addresses are the first two objects of a pool."""
+    return second % _POOL == _HEAD + size and second == first + size
+
+
+def _object(size: int) -> object:
     """An object that nobody else has, of some octets."""
     if size >= _EMPTY + _STEP - 1:
         return bytes(size - _EMPTY)
-    return float(number) if size == 2 * _STEP else object()
+    return float(1) if size == 2 * _STEP else object()
 
 
 class _Malloc:

@@ -6,8 +6,14 @@ import subprocess
 import sys
 
 import pytest
+from conformance.program import page_faults
+from conformance.stage import Stage
+from listener.listening import Listening
+from listener.mail import begin_message, end_message, quit_
 
 from qmail_smtpd_py import heap
+
+pytest_plugins = ["listener.fixtures"]
 
 PLACES = """
 import ctypes
@@ -45,6 +51,24 @@ def test_small_objects_of_a_size_stand_on_a_page() -> None:
     assert pages("empty", sizes, "bytes(size - heap._EMPTY)", "id(one)") > 2 * len(sizes)
 
 
+def test_the_holes_of_every_size_come_to_an_end() -> None:
+    """Of numbers, too, which the interpreter makes by the way."""
+    program = """
+from qmail_smtpd_py import heap
+held = [float(number) for number in range(3000)], [object() for _ in range(3000)]
+for row in held:
+    del row[::50]
+filling = heap.Filling()
+for size in range(heap._STEP, heap._SMALL + 1, heap._STEP):
+    before = len(filling._objects)
+    filling._fill_small(size)
+    made = len(filling._objects) - before
+    if made > heap._ROOM // size - heap._FEW:
+        print(size)
+"""
+    assert run(program) == []
+
+
 def test_pieces_of_mallocs_stand_on_few_pages() -> None:
     sizes = [120, 248, 504, 1000, 2040]
     assert pages("fill_mallocs", sizes, "malloc(size)", "one") <= 11
@@ -64,6 +88,20 @@ def rounds(number):
 print(rounds(50) - rounds(5))
 """
     assert int(run(program)[0]) < 1000, "KiB"
+
+
+@pytest.mark.tls
+def test_the_heap_does_not_shrink_and_grow_with_each_chunk_of_a_message(mx: Stage) -> None:
+    text = (b"x" * 70 + b"\r\n") * 200_000
+    with Listening(mx, "-c", "1") as listener:
+        client = listener.greeted()
+        [worker] = listener.workers
+        begin_message(client)
+        before = page_faults(worker)
+        end_message(client, text)
+        faults = page_faults(worker) - before
+        quit_(client)
+    assert faults < 1000, "a chunk has 16 pages, and each would be given back and had anew"
 
 
 @pytest.mark.parametrize("lacks", ["ctypes", "malloc"])

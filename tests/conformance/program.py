@@ -24,6 +24,11 @@ def under_test() -> list[str]:
     return shlex.split(os.environ.get("QMAIL_SMTPD", "")) or ours
 
 
+def page_faults(pid: int) -> int:
+    """How many pages of memory a process had to be given so far (proc(5), minflt)."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
 class Program:
     """One run, from the start of the process to the end of it and of all that it started.
 
@@ -74,6 +79,11 @@ class Program:
         """The most memory that it had so far, in octets."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+    @property
+    def page_faults(self) -> int:
+        """How many pages of memory it had to be given so far."""
+        return page_faults(self.pid)
 
     @property
     def cpu(self) -> float:
