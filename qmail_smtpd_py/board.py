@@ -5,10 +5,17 @@ from __future__ import annotations
 import mmap
 import os
 
-EMPTY, IDLE, BUSY, LEAVING = b"\0", b"\1", b"\2", b"\3"
+EMPTY = b"\0"
+IDLE = b"\1"
+BUSY = b"\2"
+LEAVING = b"\3"
 """The states of a worker: there is none, it waits, it serves, it is about to end."""
 
-_STOPPING, _EPOCH, _LOOKING, _FIRST = range(4)  # where it stands on the board
+# Where it stands on the board.
+_STOPPING = 0
+_EPOCH = 1
+_LOOKING = 2
+_FIRST = 3
 
 
 class Board:

@@ -20,7 +20,8 @@ LIMIT = 899
 _PARAMETERS_BEHIND = 4
 
 _CONTROLS = bytes([*range(32), 127])
-_QUOTE, _ESCAPE = b'"\\'
+_QUOTE = ord('"')
+_ESCAPE = ord("\\")
 
 
 class PathError(Exception):

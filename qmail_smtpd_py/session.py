@@ -38,7 +38,11 @@ if TYPE_CHECKING:
     Check = Callable[["Session"], "Reply | None"]
     Verb = Callable[["Session", bytes], Reply]
 
-COMMAND, AUTH_RESPONSE, MAIL_DATA, TLS_HANDSHAKE, CLOSED = range(5)
+COMMAND = 0
+AUTH_RESPONSE = 1
+MAIL_DATA = 2
+TLS_HANDSHAKE = 3
+CLOSED = 4
 """What the next octets mean."""
 
 LINE_LIMIT = 16384
@@ -173,8 +177,7 @@ class Session:
         verb, _, argument = line.partition(b"\0")[0].partition(b" ")
         checks, obey = VERBS.get(verb.upper(), _UNKNOWN)
         for check in checks:
-            refusal = check(self)
-            if refusal:
+            if refusal := check(self):
                 self._reply(refusal)
                 return True
         self._reply(obey(self, argument.lstrip(b" ")))
@@ -375,8 +378,7 @@ class Session:
             return reply.UNIMPLEMENTED
         if argument:
             return reply.STARTTLS_ARGUMENT
-        refusal = self._effects.prepare_tls()
-        if refusal:
+        if refusal := self._effects.prepare_tls():
             return refusal
         self.state = TLS_HANDSHAKE
         return reply.READY_FOR_TLS

@@ -80,6 +80,34 @@ def compile_installed(python: Path, package: Path, directory: Path, fetches: boo
             raise
 
 
+def with_finals(source: bytes) -> bytes:
+    """A module that says of its constants, whose names are in capitals, that they are constant:
+    mypyc looks for the values of other names each time that they are used.
+    """
+    lines = source.splitlines(keepends=True)
+
+    def insert(text: bytes, number: int | None, octet: int | None) -> None:
+        assert number and octet is not None  # ast.parse tells where all nodes are
+        line = lines[number - 1]
+        lines[number - 1] = line[:octet] + text + line[octet:]
+
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            insert(b"; from typing import Final", node.end_lineno, node.end_col_offset)
+        elif isinstance(node, ast.Assign) and _is_constant(name := node.targets[0]):
+            insert(b": Final", name.end_lineno, name.end_col_offset)
+        elif isinstance(node, ast.AnnAssign) and _is_constant(node.target):
+            kind = node.annotation
+            insert(b"]", kind.end_lineno, kind.end_col_offset)
+            insert(b"Final[", kind.lineno, kind.col_offset)
+    return b"".join(lines)
+
+
+def _is_constant(target: ast.expr) -> bool:
+    """Whether what is assigned to is a name in capitals; that of typing is a case apart."""
+    return isinstance(target, ast.Name) and target.id.isupper() and target.id != "TYPE_CHECKING"
+
+
 def _run(*command: object) -> None:
     """Run a step; raises NotCompiled with the last error of what it says when it fails, but not
     with setuptools' own, which is the compiler's command.
@@ -110,6 +138,8 @@ def main() -> None:
     shutil.copytree(package, directory / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     os.chdir(directory)
     sources = [f"{package.name}/{name}.py" for name in modules()]
+    for name in sources:
+        Path(name).write_bytes(with_finals(Path(name).read_bytes()))
     with tempfile.TemporaryDirectory(dir=tools) as scratch:
         extensions = mypycify(
             ["--config-file=", f"--cache-dir={scratch}/cache", *sources],

@@ -195,6 +195,41 @@ def test_the_listener_is_compiled(prefix: Path) -> None:
     }
 
 
+def test_constants_are_constant_where_they_are_compiled() -> None:
+    source = '''"""A module: ü
+ONE = 1
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+ONE = 1  # ü
+_TWO = (
+    2,
+)
+THREE: dict[int, str] = {3: "ü"}; _FOUR = 4
+five = 5
+SIX, SEVEN = 6, 7
+for EIGHT in ():
+    NINE = 9
+
+
+class Ten:
+    TEN = 10
+'''
+    changes = {
+        "import annotations\n": "import annotations; from typing import Final\n",
+        "\nONE = 1  #": "\nONE: Final = 1  #",
+        "_TWO =": "_TWO: Final =",
+        "dict[int, str]": "Final[dict[int, str]]",
+        "_FOUR =": "_FOUR: Final =",
+    }
+    expected = source
+    for before, after in changes.items():
+        expected = expected.replace(before, after)
+    assert compiling.with_finals(source.encode()).decode() == expected
+
+
 def test_every_module_that_is_compiled_is_there() -> None:
     assert {path.stem for path in (ROOT / "qmail_smtpd_py").glob("*.py")} >= set(COMPILED)
 
