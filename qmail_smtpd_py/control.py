@@ -230,7 +230,7 @@ def signature(path: str) -> Signature | None:
     not the same as one that can not be reached.
     """
     try:
-        found = os.stat(path)
+        found: Any = os.stat(path)  # as its numbers are: compiled code makes others of int
     except FileNotFoundError:
         return None
     except OSError as error:

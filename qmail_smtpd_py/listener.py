@@ -27,6 +27,7 @@ from . import (
     sockets,
     tls,
     ucspitls,  # noqa: F401
+    workerwire,
 )
 from .board import Place
 from .control import CachedControlFiles
@@ -64,6 +65,8 @@ class Listener:
         self._socket = self._heritage.socket or sockets.bind(options)
         if not options.helper:
             sockets.set_no_delay(self._socket, options.no_delay)
+            if self._heritage.owns_socket:  # another program may have systemd's after us
+                workerwire.limit_reads(self._socket)
         self._socket.setblocking(False)
         self._log = log.Log()
         self._stop_at: float | None = None

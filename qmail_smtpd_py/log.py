@@ -53,16 +53,23 @@ def format_line(event: str, fields: Mapping[str, object]) -> bytes:
     words = [b"qmail-smtpd[%d]: %s" % (os.getpid(), event.encode())]
     for key, value in fields.items():
         if value is not None:
-            octets = value if type(value) is bytes else str(value).encode(*_CODING)
-            if not octets or len(octets) > _VALUE_LIMIT or octets.translate(_TO_PLAIN) != octets:
-                octets = b'"%s"' % escaped(octets, _QUOTABLE, _VALUE_LIMIT)
-            words.append(key.encode() + b"=" + octets)
+            words.append(b"%s=%s" % (key.encode(), _octets_of(value)))
     line = b" ".join(words)
     if len(line) <= _LINE_LIMIT:
         return line
     line = line[:_LINE_LIMIT]
     cut = line.rfind(b"\\", _LINE_LIMIT - 3)  # in the middle of \xHH
     return (line if cut < 0 else line[:cut]) + b'..."'
+
+
+def _octets_of(value: object) -> bytes:
+    """A value as it stands in a line."""
+    if type(value) is int:
+        return b"%d" % value
+    octets = value if type(value) is bytes else str(value).encode(*_CODING)
+    if octets and len(octets) <= _VALUE_LIMIT and octets.translate(_TO_PLAIN) == octets:
+        return octets
+    return b'"%s"' % escaped(octets, _QUOTABLE, _VALUE_LIMIT)
 
 
 class Log:

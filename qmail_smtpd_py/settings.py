@@ -154,10 +154,12 @@ def configuration(
     environ: Mapping[bytes, bytes], files: ControlFiles, can_authenticate: bool
 ) -> Configuration:
     """The configuration for connections with this environment; raises ControlError."""
-    return files.derive((tuple(map(environ.get, _VARIABLES)), can_authenticate), _configure)
+    variables = tuple([(name, environ[name]) for name in _VARIABLES if name in environ])
+    return files.derive((variables, can_authenticate), _configure)
 
 
-def _configure(key: tuple[tuple[bytes | None, ...], bool], files: ControlFiles) -> Configuration:
-    values, can_authenticate = key
-    variables = {name: value for name, value in zip(_VARIABLES, values) if value is not None}
-    return Configuration(Sources(variables, files), can_authenticate)
+def _configure(
+    key: tuple[tuple[tuple[bytes, bytes], ...], bool], files: ControlFiles
+) -> Configuration:
+    variables, can_authenticate = key
+    return Configuration(Sources(dict(variables), files), can_authenticate)

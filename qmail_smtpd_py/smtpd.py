@@ -389,11 +389,7 @@ def _greet(wire: Wire, server: Server, session: Session) -> None:
 
 
 def _take_turns(wire: Wire, server: Server, session: Session) -> None:
-    """Read, and write the replies to it, as long as what comes is for the session.
-
-    One function with the loop in it, so that `data` is there until the next is: freed before, the
-    heap would shrink and grow again with each read, which is a quarter of the time of a message.
-    """
+    """Read, and write the replies to it, as long as what comes is for the session."""
     while session.state not in (TLS_HANDSHAKE, CLOSED):
         was_half_sent = session.is_half_sent
         try:
@@ -408,7 +404,7 @@ def _take_turns(wire: Wire, server: Server, session: Session) -> None:
                 raise
             wire.write(session.time_out(reply.SESSION_TOO_LONG))
             return
-        waited = wire.waited()
+        waited = wire.waited() if was_half_sent else 0.0
         replies = session.receive(data)
         if not server.pace.keeps_up(len(data), waited, was_half_sent and session.is_half_sent):
             replies += session.time_out(reply.TOO_SLOW)
