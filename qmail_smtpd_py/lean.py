@@ -47,11 +47,12 @@ class _StandIn(ModuleType):
         super().__init__(name)
         vars(self).update(functions)
         package, _, child = name.rpartition(".")
-        if sys.modules.setdefault(name, self) is self and package:
-            setattr(importlib.import_module(package), child, self)
+        parent = importlib.import_module(package) if package else None  # first, as it may fail
+        if sys.modules.setdefault(name, self) is self and parent:
+            setattr(parent, child, self)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # which the import system looks for
+        if name.startswith("__") and name != "__all__":  # which the import system looks for
             raise AttributeError(name)
         return getattr(_loaded(self.__name__), name)
 

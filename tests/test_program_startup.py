@@ -117,6 +117,9 @@ try:
     from email.utils import no_such_name
 except ImportError:
     pass
+lean._StandIn("colorsys")
+from colorsys import *
+assert rgb_to_hsv(0, 0, 0) == (0, 0, 0)
 before = [sys.modules.get(name) for name in names]
 lean.leave_out()
 assert [sys.modules.get(name) for name in names] == before
@@ -124,6 +127,29 @@ assert [sys.modules.get(name) for name in names] == before
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout == "\n"
+
+
+def test_what_was_left_out_in_part_is_left_out_later() -> None:
+    program = """
+import importlib, sys
+from qmail_smtpd_py import lean
+import_module = importlib.import_module
+def fail(name):
+    raise MemoryError
+importlib.import_module = fail
+try:
+    lean.leave_out()
+    print("it did not fail")
+except MemoryError:
+    importlib.import_module = import_module
+lean.leave_out()
+import email.utils
+assert email.utils is sys.modules["email.utils"]
+print(email.utils.formatdate(0))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "Thu, 01 Jan 1970 00:00:00 -0000\n"
 
 
 @pytest.mark.tls
