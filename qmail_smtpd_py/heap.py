@@ -39,7 +39,7 @@ _SMALL = 512  # octets; what is larger the interpreter, too, has from malloc
 _POOL, _HEAD = 16 << 10, 48 if _WIDE else 32
 _ROOM = 64 << 10  # octets; what the holes of one small size come to is less
 _LOOKING = 8 * _STEP  # octets: no object that it takes to look at others is larger
-_FEW = 16
+_FEW = 16  # objects that are made at a time
 _EMPTY = sys.getsizeof(b"")  # octets; 33 or 17
 
 _LARGE = 4096  # octets; no session asks malloc for many pieces that are larger, but buffers

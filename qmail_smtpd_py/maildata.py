@@ -26,7 +26,7 @@ _LONGEST_HOP = max(map(len, _HOPS))
 
 # Had from glibc's malloc and given back: from now on twice as much stays at the end of the heap
 # (mallopt(3), M_TRIM_THRESHOLD), which would shrink and grow again with each chunk of a large
-# message otherwise, and that is a third of its time.
+# message otherwise, and that is a quarter of its time.
 try:
     bytes(1 << 18)
 except MemoryError:

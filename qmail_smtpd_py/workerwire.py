@@ -42,7 +42,7 @@ def limit_reads(end: Socket) -> None:
     """Let no read wait for longer than LOOK_SECONDS: of a connection, or of all those that come to
     a listening socket from now on.
 
-    It is asked first: of a connection it is most often so, and asking takes the interpreter a tenth
+    It is asked first: of a connection it is most often so, and asking takes the interpreter a fifth
     of the time.
     """
     if end.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, len(_TIMEVAL)) != _TIMEVAL:

@@ -26,7 +26,12 @@ def under_test() -> list[str]:
 
 def page_faults(pid: int) -> int:
     """How many pages of memory a process had to be given so far (proc(5), minflt)."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+    return int(_stat(pid)[7])
+
+
+def _stat(pid: int) -> list[str]:
+    """What proc(5) says of a process in its stat, from the state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 class Program:
@@ -88,7 +93,7 @@ class Program:
     @property
     def cpu(self) -> float:
         """Seconds of processor time that it used so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _stat(self.pid)
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @property
