@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 _WIDE = sys.maxsize > 2**32  # a pointer has 8 octets, and not 4
 _STEP = 16 if _WIDE else 8  # octets: sizes are multiples of that
 _SMALL = 512  # octets; what is larger the interpreter, too, has from malloc
-# Octets of a pool, which has objects of one size, and of its head; CPython 3.9 has 4 KiB.
-_POOL, _HEAD = 16 << 10, 48 if _WIDE else 32
+# Octets of a pool, which has objects of one size, and of its head.
+_POOL = 16 << 10 if _WIDE and sys.version_info >= (3, 10) else 4 << 10
+_HEAD = 48 if _WIDE else 32
 _ROOM = 64 << 10  # octets; what the holes of one small size come to is less
 _LOOKING = 8 * _STEP  # octets: no object that it takes to look at others is larger
 _FEW = 16  # objects that are made at a time

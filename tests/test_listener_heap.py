@@ -69,6 +69,15 @@ for size in range(heap._STEP, heap._SMALL + 1, heap._STEP):
     assert run(program) == []
 
 
+def test_a_pool_is_as_large_as_the_interpreters() -> None:
+    program = """
+from qmail_smtpd_py import heap
+made = [heap._object(48) for _ in range(3000)]
+print(*{(id(one) % heap._POOL - heap._HEAD) % 48 for one in made})
+"""
+    assert run(program) == ["0"], "no power of two is a multiple of 48"
+
+
 def test_pieces_of_mallocs_stand_on_few_pages() -> None:
     sizes = [120, 248, 504, 1000, 2040]
     assert pages("fill_mallocs", sizes, "malloc(size)", "one") <= 11
