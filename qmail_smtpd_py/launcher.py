@@ -4,11 +4,12 @@ qmail-smtpd is started anew for every connection, so every connection pays for w
 its first reply.  Five things make that cheap:
 
     the interpreter itself is started, not a virtual environment's link to it, with -I and -S: it
-    neither looks at the environment nor runs `site`; the launcher says where the packages are
+    neither looks at the environment nor runs `site`; the launcher says where the packages are; with
+    -X utf8 it does without the C library's conversions, where a locale would have it use them
     posix is imported, of which os is a wrapper that takes a seventh of an interpreter's start
     all modules come out of one file, the start-up image, which has their code in the order in
-    which they import each other: nothing is looked for, and nothing is read but this file; the
-    launcher itself, which is compiled each time, does no more than to read it
+    which they import each other: nothing is looked for, and nothing is read but this file; its
+    start has what the launcher runs, too, as the launcher itself is compiled each time
     what not every session needs is in the image as octets, and runs when something of it is used
     the program ends by _exit: a process that ends anyway need not take itself apart
 
@@ -35,6 +36,7 @@ import marshal
 import os
 import sys
 import sysconfig
+import textwrap
 from pathlib import Path
 
 from . import reply
@@ -52,6 +54,9 @@ SOURCES = Path(__file__).resolve().parent
 
 NEEDED = ("OpenSSL", "cryptography", "daemon")
 """What is imported of other projects: ours to install, or the system's, beside what it needs."""
+
+PROGRAM_FLAGS, TOOL_FLAGS = "-ISXutf8", "-IS"
+"""Options of the interpreter; of a script's it takes them in one word."""
 
 SHEBANG_LIMIT = 127
 """Octets that every Linux takes of a script's first line (execve(2))."""
@@ -85,7 +90,7 @@ class Program:
 PROGRAMS = {
     "qmail-smtpd": Program(
         "smtpd",
-        late=("cdb", "maildata", "qmail_queue", "sasl", "trace"),
+        late=("cdb", "maildata", "qmail_queue", "sasl", "trace", "transaction"),
         trouble=1,
         reply=reply.OUT_OF_MEMORY.render(),
     ),
@@ -104,27 +109,35 @@ SERVERS = ("qmail-smtpd-listen",)
 """Those of them that run for so long that compiled modules are worth their loading."""
 
 _LAUNCHER = """\
-#!{interpreter} -IS
+#!{interpreter} {flags}
 # Made by {package}/launcher.py, which tells why it is so.
-import sys, posix, marshal, _signal, _frozen_importlib_external
+import marshal, sys, _frozen_importlib_external
 
 sys.path += {path!r}
+sources = {sources!r}
+run = r\"\"\"
+{run}\"\"\"
+try:
+    image = open({image!r}, "rb", 0)
+    start = image.read({size})
+    if start.endswith(_frozen_importlib_external.MAGIC_NUMBER):
+        run = marshal.loads(start)
+except Exception:
+    pass
+exec(run)
+"""
+
+_RUN = """\
+import posix, _signal
+
 status, reply = {trouble}, {reply!r}
 try:
-    try:
-        image = open({image!r}, "rb").read()
-    except OSError:
-        image = b""
-    magic = _frozen_importlib_external.MAGIC_NUMBER
-    if image.startswith(magic):
-        sources = {sources!r}
-        start, modules = marshal.loads(memoryview(image)[len(magic) :])
-        exec(start)
+    {load}
     from {package}.{main} import main
     reply = b""
     status = main()
 except Exception as error:
-    image = start = modules = None  # there may be no memory for words
+    image = modules = None  # there may be no memory for words
     why = "%s (uid %d): can it not read the program, or is the memory limit too low?"
     why %= (type(error).__name__, posix.geteuid())
     try:
@@ -135,8 +148,9 @@ except Exception as error:
 finally:
     posix._exit(status)
 """
+"""What a launcher runs: as code out of the image, or else as text, where it loads nothing."""
 
-_START = """\
+_LOAD = """\
 import gc
 
 class Late(type(sys)):
@@ -149,6 +163,8 @@ class Late(type(sys)):
         return getattr(self, name)
 
 gc.disable()  # what is loaded is no garbage, and would be looked at again and again
+modules = marshal.loads(image.read())
+image.close()
 package = modules[0][0]
 for name, file, code in modules:
     is_late = type(code) is bytes
@@ -162,14 +178,14 @@ sys.modules[package].__path__ = [sources]
 gc.freeze()
 gc.enable()
 """
-"""What the image begins with: it makes modules of what follows.
+"""What makes modules of the rest of the image.
 
-It runs in the launcher, and has of it the modules `sys` and `marshal`, `modules`, which follow in
-the image, and `sources`, where their source is.
+It runs in the launcher, and has of it the modules `sys` and `marshal`, the file `image`, and
+`sources`, where the source of the modules is.
 """
 
 _TOOL = """\
-#!{interpreter} -IS
+#!{interpreter} {flags}
 import sys
 
 sys.path += {path!r}
@@ -189,15 +205,35 @@ sys.exit(111)
 """
 
 
-def image(program: Program) -> bytes:
-    """The start-up image: the bytecode's magic number, what makes modules, and (name, file, code)
-    for each of them, with the code in octets where it is for later.
+def start(name: str) -> bytes:
+    """What a program's image begins with: the code that the launcher runs, in which there are words
+    for trouble, and the number of this kind of bytecode.
+    """
+    text = _run(name, textwrap.indent(_LOAD, "    ").strip())
+    code = compile(text, "launcher", "exec", dont_inherit=True)
+    return marshal.dumps(code) + importlib.util.MAGIC_NUMBER
+
+
+def modules(program: Program) -> bytes:
+    """The rest of it: (name, file, code) for each module, with the code in octets where it is for
+    later.
     """
     entries: dict[str, Entry] = {}
     for name in ("__init__", *program.late, *program.soon, program.main):
         _add(name, entries, program.late)
-    start = compile(_START, "start", "exec", dont_inherit=True)
-    return importlib.util.MAGIC_NUMBER + marshal.dumps((start, list(entries.values())))
+    return marshal.dumps(list(entries.values()))
+
+
+def _run(name: str, load: str) -> str:
+    program = PROGRAMS[name]
+    return _RUN.format(
+        name=name,
+        package=PACKAGE,
+        main=program.main,
+        reply=program.reply,
+        trouble=program.trouble,
+        load=load,
+    )
 
 
 def _add(name: str, entries: dict[str, Entry], late: Collection[str]) -> None:
@@ -227,16 +263,12 @@ def _compile(source: Path, tree: ast.Module) -> CodeType:
     return code
 
 
-def launcher(name: str, image_path: Path) -> bytes:
-    """The launcher of a program; raises ValueError where no script can name the interpreter."""
-    program = PROGRAMS[name]
+def launcher(name: str, image: Path, size: int) -> bytes:
+    """The launcher of a program, whose image has a start of so many octets; raises ValueError where
+    no script can name the interpreter.
+    """
     text = _LAUNCHER.format(
-        name=name,
-        image=str(image_path),
-        main=program.main,
-        reply=program.reply,
-        trouble=program.trouble,
-        **_surroundings(),
+        run=_run(name, "pass"), image=str(image), size=size, **_surroundings(PROGRAM_FLAGS)
     )
     return os.fsencode(text)
 
@@ -245,18 +277,21 @@ def tool(name: str, first: Sequence[str] = ()) -> bytes:
     """The launcher of a tool; `first` are directories to look for this package in before its own.
     Raises ValueError where no script can name the interpreter.
     """
-    return os.fsencode(_TOOL.format(name=name, main=TOOLS[name], **_surroundings(first)))
+    return os.fsencode(
+        _TOOL.format(name=name, main=TOOLS[name], **_surroundings(TOOL_FLAGS, first))
+    )
 
 
-def _surroundings(first: Sequence[str] = ()) -> dict[str, object]:
+def _surroundings(flags: str, first: Sequence[str] = ()) -> dict[str, object]:
     """The interpreter, and where to look for the packages that this one needs, and for this one."""
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    if " " in interpreter or len(f"#!{interpreter} -IS") > SHEBANG_LIMIT:
+    if " " in interpreter or len(f"#!{interpreter} {flags}") > SHEBANG_LIMIT:
         raise ValueError(f"no script can name {interpreter!r}: it has a blank, or is too long")
     path = [*first, *map(sysconfig.get_path, ("purelib", "platlib")), str(SOURCES.parent)]
     path += [place for place in map(_place, NEEDED) if place]
     return {
         "interpreter": interpreter,
+        "flags": flags,
         "package": PACKAGE,
         "sources": str(SOURCES),
         "path": list(dict.fromkeys(path)),
@@ -274,9 +309,10 @@ def main() -> int:
     directory = Path(sys.argv[1]).resolve()
     compiled = [os.path.realpath(name) for name in sys.argv[2:]]
     for name, program in PROGRAMS.items():
-        image_path = directory / f"{name}.image"
-        _write(image_path, image(program), 0o644)
-        _write(directory / name, launcher(name, image_path), 0o755)
+        image = directory / f"{name}.image"
+        beginning = start(name)
+        _write(image, beginning + modules(program), 0o644)
+        _write(directory / name, launcher(name, image, len(beginning)), 0o755)
     for name in TOOLS:
         _write(directory / name, tool(name, compiled if name in SERVERS else ()), 0o755)
     return 0

@@ -30,7 +30,7 @@ from . import (
     workerwire,
 )
 from .board import Place
-from .control import CachedControlFiles
+from .controlcache import CachedControlFiles
 from .effects import ControlError
 from .oomscore import OomScore
 from .options import NAME, USAGE, Options, StartError, UsageError

@@ -12,8 +12,8 @@ from . import (  # noqa: F401
     conduct, connection, effects, lines, maildata, path, reply, sasl, session, trace, transaction,
     watched,
     # its edges
-    authfailures, badmailfrom, cdb, channel, checkpassword, control, localip, log, qmail_queue,
-    rcpthosts, settings, transcript, wire,
+    authfailures, badmailfrom, cdb, channel, checkpassword, control, controlcache, localip, log,
+    qmail_queue, rcpthosts, settings, transcript, wire,
     # what brings them together, and what workers do beside it
     board, encryption, proxyprotocol, smtpd, tcpenviron, tcprules, worker, workerwire,
 )  # fmt: skip

@@ -22,11 +22,11 @@ marked final closes the session, and what came behind it is not looked at.
 from __future__ import annotations
 
 from . import path, reply, sasl, trace
+from . import transaction as mail  # not a name of it: see Program.late in launcher.py
 from .conduct import OPENINGS, Conduct
 from .effects import ControlError, Identity
 from .lines import LineTooLong, Unread
 from .reply import Reply
-from .transaction import Message, Transaction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from .connection import Connection, Settings
     from .effects import Effects
+    from .transaction import Message, Transaction
 
     Check = Callable[["Session"], "Reply | None"]
     Verb = Callable[["Session", bytes], Reply]
@@ -60,9 +61,7 @@ class Session:
     def __init__(self, connection: Connection, settings: Settings, effects: Effects) -> None:
         self.state = COMMAND
         self.exit_status = 1
-        self.is_half_sent = False
-        self.is_paused = False
-        self._pauses = False
+        self.is_half_sent = self.is_paused = self._pauses = False
         self._connection = connection
         self._settings = settings
         self._effects = effects
@@ -101,15 +100,15 @@ class Session:
         take time: what there is to tell, the client is to hear, if it is there yet, before more of
         what it pipelined is obeyed.
         """
-        if self.state not in _READERS:
+        if self.state in (TLS_HANDSHAKE, CLOSED):
             return b""  # in clear behind STARTTLS, or behind the end: it must not count
         self._unread.add(data)
         self._pauses = False
         try:
-            while self.state in _READERS and not self._unread.is_empty() and not self._pauses:
+            while not self._unread.is_empty() and not self._pauses:
                 if self._replies and self._is_auth_next():
                     self._pauses = True
-                elif not _READERS[self.state](self):
+                elif not self._read_next():
                     break
         except ControlError as error:
             self._effects.log("error", {"why": str(error)})
@@ -119,6 +118,14 @@ class Session:
         self.is_half_sent = self.state == MAIL_DATA or (has_more and not self.is_paused)
         replies, self._replies = self._replies, []
         return b"".join(replies)
+
+    def _read_next(self) -> bool:
+        """Read the next octets as what they are; False if they are not all there, or not for us."""
+        if self.state == COMMAND:
+            return self._read_command()
+        if self.state == MAIL_DATA:
+            return self._read_mail_data()
+        return self.state == AUTH_RESPONSE and self._read_auth_response()
 
     def _is_auth_next(self) -> bool:
         """Whether a check program may be asked next."""
@@ -251,7 +258,7 @@ class Session:
         if not self._heed_parameters(argument):
             return self._conduct.refuse(reply.TOO_BIG, sender=sender)
         is_blocked = self._effects.is_sender_blocked(sender)
-        self._transaction = Transaction(sender, is_blocked, self._settings.limits.recipients)
+        self._transaction = mail.Transaction(sender, is_blocked, self._settings.limits.recipients)
         return reply.OK
 
     def _may_send_as(self, sender: bytes) -> bool:
@@ -314,7 +321,7 @@ class Session:
         delivery = self._effects.open_delivery(self._identity())
         if delivery is None:
             return self._conduct.refuse(reply.NO_DELIVERY, sender=transaction.sender)
-        self._message = Message(transaction, delivery, self._settings.databytes)
+        self._message = mail.Message(transaction, delivery, self._settings.databytes)
         protocol = trace.protocol(self._cipher, self._user is not None, self._certificate)
         connection, helo = self._connection, self._helo
         if self._settings.hide_host and self._user is not None:
@@ -491,10 +498,3 @@ VERBS: dict[bytes, tuple[tuple[Check, ...], Verb]] = {
 """The commands: what must hold first, in this order, and what obeys."""
 
 _UNKNOWN: tuple[tuple[Check, ...], Verb] = ((), Session._unknown)
-
-_READERS: dict[int, Callable[[Session], bool]] = {
-    COMMAND: Session._read_command,
-    AUTH_RESPONSE: Session._read_auth_response,
-    MAIL_DATA: Session._read_mail_data,
-}
-"""Who reads the next octets; where nobody does, they are somebody else's."""

@@ -27,6 +27,7 @@ BELOW_MAIN = ("core", "edges")
 
 EDGES_THAT_MEET = {
     ("badmailfrom", "control"): "a list is a control file",
+    ("controlcache", "control"): "it keeps what the other reads",
     ("rcpthosts", "control"): "a list is a control file",
     ("rcpthosts", "cdb"): "morercpthosts.cdb is one",
     ("tls", "control"): "a certificate is a control file",

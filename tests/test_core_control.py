@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from qmail_smtpd_py import cdb
 from qmail_smtpd_py.badmailfrom import BadMailFrom
-from qmail_smtpd_py.control import CachedControlFiles, ControlFiles
+from qmail_smtpd_py.control import ControlFiles
+from qmail_smtpd_py.controlcache import CachedControlFiles
 from qmail_smtpd_py.effects import ControlError
 from qmail_smtpd_py.rcpthosts import RcptHosts
 
@@ -234,7 +235,7 @@ def settle(files: CachedControlFiles) -> None:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> CachedControlFiles:
     """Files that have the directory looked at, and know of some that are not there."""
-    monkeypatch.setattr("qmail_smtpd_py.control._SETTLED_SECONDS", 0.05)
+    monkeypatch.setattr("qmail_smtpd_py.controlcache._SETTLED_SECONDS", 0.05)
     files = CachedControlFiles()
     for name in ("databytes", "morercpthosts.cdb"):
         assert files.line(name) is None
@@ -296,7 +297,7 @@ def test_a_settled_directory_is_looked_at_once(
     settled: CachedControlFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at: list[str] = []
-    monkeypatch.setattr("qmail_smtpd_py.control._has_entry", looked_at.append)
+    monkeypatch.setattr("qmail_smtpd_py.controlcache.has_entry", looked_at.append)
     settled.refresh()
     settled.line("databytes")
     assert not looked_at

@@ -23,7 +23,7 @@ from qmail_smtpd_py import launcher
 from qmail_smtpd_py.launcher import PROGRAMS, TOOLS
 
 PACKAGE = ROOT / "qmail_smtpd_py"
-SKIP = len(importlib.util.MAGIC_NUMBER)
+MAGIC = importlib.util.MAGIC_NUMBER
 
 PLAIN = {"gc", "select"}
 """What connect, EHLO, QUIT imports beyond what every interpreter has."""
@@ -51,8 +51,16 @@ def copied(launchers: Path, tmp_path: Path) -> Path:
     return directory
 
 
+def start_size(launchers: Path, name: str) -> int:
+    """How much of an image its launcher reads first."""
+    found = re.search(r"(?m)^    start = image.read\((\d+)\)$", (launchers / name).read_text())
+    assert found
+    return int(found[1])
+
+
 def entries(launchers: Path, name: str) -> list[tuple[str, str, CodeType]]:
-    _, found = marshal.loads((launchers / f"{name}.image").read_bytes()[SKIP:])
+    image = (launchers / f"{name}.image").read_bytes()
+    found = marshal.loads(image[start_size(launchers, name) :])
     return [
         (module, file, marshal.loads(code) if isinstance(code, bytes) else code)
         for module, file, code in found
@@ -89,15 +97,16 @@ def test_an_image_has_all_modules_that_the_program_starts_with(name: str, launch
 
 LOADED = """
 import marshal, sys
-start, modules = marshal.loads(open(sys.argv[1], "rb").read()[int(sys.argv[2]):])
+image = open(sys.argv[1], "rb")
+image.seek(int(sys.argv[2]))
 sources = sys.argv[3]
-exec(start)
-"""
+""" + launcher._LOAD
 
 
-def loaded(image: Path, code: str) -> str:
+def loaded(launchers: Path, name: str, code: str) -> str:
     """What some code prints where a program's modules have just been loaded from its image."""
-    command = [sys.executable, "-IS", "-c", LOADED + code, image, str(SKIP), str(PACKAGE)]
+    given = [launchers / f"{name}.image", str(start_size(launchers, name)), str(PACKAGE)]
+    command = [sys.executable, "-IS", "-c", LOADED + code, *given]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -105,7 +114,7 @@ def loaded(image: Path, code: str) -> str:
 def test_what_not_every_run_needs_does_not_run_at_once(name: str, launchers: Path) -> None:
     code = "print(*(name for name in sys.modules if type(sys.modules[name]) is Late))"
     late = {f"qmail_smtpd_py.{late}" for late in PROGRAMS[name].late}
-    assert set(loaded(launchers / f"{name}.image", code).split()) == late
+    assert set(loaded(launchers, name, code).split()) == late
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -113,7 +122,7 @@ def test_what_was_loaded_is_left_alone_by_the_collector_and_the_rest_is_not(
     name: str, launchers: Path
 ) -> None:
     code = "import gc; print(gc.isenabled(), gc.get_freeze_count() > 1000)"
-    assert loaded(launchers / f"{name}.image", code) == "True True\n"
+    assert loaded(launchers, name, code) == "True True\n"
 
 
 def test_what_can_not_run_says_why_whenever_it_is_asked(launchers: Path) -> None:
@@ -127,7 +136,7 @@ for _ in range(2):
     except ImportError as error:
         print(error.name)
 """
-    assert loaded(launchers / "qmail-smtpd.image", code) == "posix\nposix\n"
+    assert loaded(launchers, "qmail-smtpd", code) == "posix\nposix\n"
 
 
 def test_an_image_is_read_without_docstrings_and_assertions(launchers: Path) -> None:
@@ -141,7 +150,7 @@ def test_an_image_is_read_without_docstrings_and_assertions(launchers: Path) -> 
 def test_a_launcher_names_the_interpreter_itself(name: str, launchers: Path) -> None:
     first = (launchers / name).read_text().splitlines()[0]
     interpreter, flags = first[2:].split(" ")
-    assert flags == "-IS"
+    assert flags == ("-ISXutf8" if name in PROGRAMS else "-IS")
     assert not os.path.islink(interpreter)
     assert os.path.samefile(interpreter, sys.executable)
 
@@ -193,19 +202,29 @@ def test_a_module_that_is_not_in_the_image_is_imported(stage: Stage, launchers: 
     assert {name for name in found if name.startswith("qmail_")} == {"qmail_smtpd_py.localip"}
 
 
-@pytest.mark.parametrize("damage", ["gone", "of another interpreter"])
+@pytest.mark.parametrize("damage", ["gone", "of another interpreter", "cut off at its start"])
 def test_without_a_good_image_modules_are_imported(
     damage: str, stage: Stage, launchers: Path, copied: Path
 ) -> None:
     image = copied / "qmail-smtpd.image"
+    size, octets = start_size(copied, "qmail-smtpd"), image.read_bytes()
+    assert octets[:size].endswith(MAGIC)
     if damage == "gone":
         image.unlink()
+    elif damage == "of another interpreter":
+        image.write_bytes(octets[: size - len(MAGIC)] + b"\0" * len(MAGIC) + octets[size:])
     else:
-        image.write_bytes(b"\0" * SKIP + image.read_bytes()[SKIP:])
+        image.write_bytes(octets[: size - 1])
     found = imported(stage, copied / "qmail-smtpd")
     in_image = {name for name, _, _ in entries(launchers, "qmail-smtpd")}
     not_at_once = {"qmail_smtpd_py.qmail_queue"}
     assert {name for name in found if name.startswith("qmail_")} == in_image - not_at_once
+
+
+def cut_off(image: Path) -> None:
+    """Leave an image half of what it has."""
+    octets = image.read_bytes()
+    image.write_bytes(octets[: len(octets) // 2])
 
 
 @pytest.mark.parametrize(
@@ -219,8 +238,7 @@ def test_without_a_good_image_modules_are_imported(
 def test_a_program_that_can_not_be_loaded_is_a_temporary_problem(
     name: str, status: int, reply: bytes, copied: Path
 ) -> None:
-    image = copied / f"{name}.image"
-    image.write_bytes(image.read_bytes()[:1000])
+    cut_off(copied / f"{name}.image")
     done = subprocess.run(
         [copied / name], stdin=subprocess.DEVNULL, capture_output=True, check=False
     )
@@ -231,8 +249,7 @@ def test_a_program_that_can_not_be_loaded_is_a_temporary_problem(
 
 
 def test_a_log_that_nobody_reads_does_not_hold_up_what_can_not_be_loaded(copied: Path) -> None:
-    image = copied / "qmail-smtpd.image"
-    image.write_bytes(image.read_bytes()[:1000])
+    cut_off(copied / "qmail-smtpd.image")
     with nobody_reads() as log:
         done = subprocess.run(
             [copied / "qmail-smtpd"],

@@ -20,7 +20,8 @@ from listener.mail import quit_
 from listener.world import put
 
 from qmail_smtpd_py import certificates
-from qmail_smtpd_py.control import CachedControlFiles, ControlFiles
+from qmail_smtpd_py.control import ControlFiles
+from qmail_smtpd_py.controlcache import CachedControlFiles
 from qmail_smtpd_py.tls import CachedContexts, NamedContexts, Policy
 
 pytestmark = pytest.mark.tls

@@ -220,7 +220,7 @@ import gc, os, sys
 
 sys.path.insert(0, sys.argv[1])
 from qmail_smtpd_py import process, smtpd, tls
-from qmail_smtpd_py.control import CachedControlFiles
+from qmail_smtpd_py.controlcache import CachedControlFiles
 
 gc.disable()  # as in a worker
 resources = smtpd.Resources(CachedControlFiles(), tls.CachedContexts())
