@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 
+from . import hugepages  # noqa: F401  isort: skip
 from . import preload  # noqa: F401  isort: skip
 
 # What nobody names below is what sessions import late: here before the first, as the files may be

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 
-from . import heap, log, tls
+from . import heap, hugepages, log, tls
 from .effects import ControlError
 from .encryption import why_not_loaded
 from .rehearsal import rehearse
@@ -74,6 +74,7 @@ class WarmUp:
                 self._filling.fill_mallocs()  # there it has left holes
         except MemoryError:
             self._filling.empty()
+        hugepages.gather()
 
 
 def _preload(service: Service) -> None:

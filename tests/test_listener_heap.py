@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conformance.program import page_faults
@@ -11,7 +12,7 @@ from conformance.stage import Stage
 from listener.listening import Listening
 from listener.mail import begin_message, end_message, quit_
 
-from qmail_smtpd_py import heap
+from qmail_smtpd_py import heap, hugepages
 
 pytest_plugins = ["listener.fixtures"]
 
@@ -97,6 +98,51 @@ def rounds(number):
 print(rounds(50) - rounds(5))
 """
     assert int(run(program)[0]) < 1000, "KiB"
+
+
+CAN_BE_LARGE = """
+import ctypes, mmap
+size = 2 << 20
+tried = mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+tried.write(bytes(2 * size))
+start = ctypes.addressof(ctypes.c_char.from_buffer(tried))
+madvise = ctypes.CDLL(None).madvise
+madvise.argtypes = ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int
+print(not madvise(start + -start % size, size, 25))
+"""
+
+LARGE = """
+from qmail_smtpd_py import hugepages
+held = [bytes(400) for _ in range(20_000)]
+hugepages.gather()
+with open("/proc/self/smaps") as lines:
+    print(sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:")))
+"""
+
+
+def test_memory_becomes_large_pages_where_the_kernel_can() -> None:
+    [can], [large] = run(CAN_BE_LARGE), run(LARGE)
+    assert int(large) >= 2 * 2048 if can == "True" else int(large) == 0, "KiB"
+
+
+@pytest.mark.parametrize("lacks", ["madvise", "/proc"])
+def test_memory_is_left_as_it_is_where_that_can_not_be_done(
+    monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    if lacks == "madvise":
+        monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    else:
+        monkeypatch.setattr(hugepages, "_MAPS", "/nowhere/maps")
+    hugepages.gather()
+
+
+@pytest.mark.tls
+def test_what_workers_share_lies_side_by_side(mx: Stage) -> None:
+    with Listening(mx) as listener:
+        listener.greeted().close()
+        maps = Path(f"/proc/{listener.pid}/maps").read_text().splitlines()
+    own = [line.split()[0].split("-") for line in maps if len(line.split()) == 5]
+    assert max(int(end, 16) - int(start, 16) for start, end in own) > hugepages._RESERVE
 
 
 @pytest.mark.tls
