@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 
 class LineTooLong(Exception):
     """A line had more octets than its limit; it was thrown away, up to its end."""
@@ -33,9 +37,10 @@ class Unread:
         """Forget all there is."""
         self._octets, self._at = b"", 0
 
-    def starts_with(self, starts: tuple[bytes, ...]) -> bool:
-        """Whether what is there starts with one of these."""
-        return self._octets.startswith(starts, self._at)
+    def starts_with(self, starts: Mapping[bytes, tuple[bytes, ...]]) -> bool:
+        """Whether what is there starts with one of these, which go by their first two octets."""
+        longer = starts.get(self._octets[self._at : self._at + 2])
+        return longer is not None and self._octets.startswith(longer, self._at)
 
     def starts_with_verb(self, verb: bytes) -> bool:
         """Whether what is there starts with this verb, in letters of either case."""

@@ -48,9 +48,13 @@ _TO_PLAIN = _marking_all_but(_PLAIN)
 _TO_PRINTABLE = _marking_all_but(_PRINTABLE)
 
 
-def format_line(event: str, fields: Mapping[str, object]) -> bytes:
-    """The line for an event, without its line feed; fields that are None are left out."""
+def format_line(event: str, fields: Mapping[str, object], ip: bytes | None = None) -> bytes:
+    """The line for an event, without its line feed; fields that are None are left out, and `ip`,
+    the client's, stands before the others.
+    """
     words = [b"qmail-smtpd[%d]: %s" % (os.getpid(), event.encode())]
+    if ip is not None:
+        words.append(b"ip=%s" % _octets_of(ip))
     for key, value in fields.items():
         if value is not None:
             words.append(b"%s=%s" % (key.encode(), _octets_of(value)))
@@ -88,9 +92,9 @@ class Log:
         self._takes_nowait = True  # as long as it did not say that it knows nothing of RWF_NOWAIT
         self._is_file = False
 
-    def write(self, event: str, fields: Mapping[str, object]) -> bool:
-        """Write the line for an event; False if it is lost."""
-        return self._put(format_line(event, fields))
+    def write(self, event: str, fields: Mapping[str, object], ip: bytes | None = None) -> bool:
+        """Write the line for an event, see `format_line`; False if it is lost."""
+        return self._put(format_line(event, fields, ip))
 
     def write_line(self, line: str) -> bool:
         """Write a line that has a form of its own, as tcpserver's have; it is made printable."""

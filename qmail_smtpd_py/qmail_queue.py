@@ -117,64 +117,67 @@ def open_delivery(
     caller's, as they may outlive the session, and is kept up here.
     """
     reap(left)
-    ends = _pipes(with_text)
-    if ends is None:
+    pipes = _pipes(with_text)
+    if pipes is None:
         return None
-    message_out, message_in, envelope_out, envelope_in, *text = ends
-    actions = [(os.POSIX_SPAWN_DUP2, message_out, 0), (os.POSIX_SPAWN_DUP2, envelope_out, 1)]
-    if text:
-        actions += [(os.POSIX_SPAWN_DUP2, text[1], number) for number in _TEXT_DESCRIPTORS]
+    message_out, message_in = pipes[0]
+    envelope_out, envelope_in = pipes[1]
+    theirs = [message_out, envelope_out]
+    text: int | None = None
+    if with_text:
+        text, text_in = pipes[2]
+        theirs.append(text_in)
     trouble = None
     try:
-        pid = _start(program, environ, actions)
+        pid = _start(program, environ, theirs)
     except OSError as error:
         pid, trouble = 0, OSError(error.errno, error.strerror)  # that one holds us: a circle
-    finally:
-        _close(message_out, envelope_out, *text[1:])
-    delivery = QueueDelivery(pid, message_in, envelope_in, trouble, left, *text[:1])
+    delivery = QueueDelivery(pid, message_in, envelope_in, trouble, left, text)
     if trouble and trouble.errno in _NO_PROCESS:
         delivery.cancel()
         return None
     return delivery
 
 
-def _pipes(with_text: bool) -> list[int] | None:
+def _pipes(with_text: bool) -> list[tuple[int, int]] | None:
     """Pipes for message, envelope and text, of each the end to read and the end to write; None if
     there are not enough descriptors.
     """
-    ends: list[int] = []
+    pipes: list[tuple[int, int]] = []
     try:
-        ends += os.pipe()
-        ends += os.pipe()
+        pipes.append(os.pipe())
+        pipes.append(os.pipe())
         if with_text:
             # Whatever is written to it, and whoever keeps it open: nobody waits for this pipe.
-            ends += os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            pipes.append(os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError:
-        _close(*ends)
+        for ends in pipes:
+            os.close(ends[0])
+            os.close(ends[1])
         return None
-    return ends
+    return pipes
 
 
-def _start(
-    program: bytes, environ: Mapping[bytes, bytes], actions: Sequence[tuple[int, ...]]
-) -> int:
+def _start(program: bytes, environ: Mapping[bytes, bytes], ends: Sequence[int]) -> int:
+    """Start the program with its ends of the pipes, which are closed here; raises OSError."""
+    actions = [(os.POSIX_SPAWN_DUP2, ends[0], 0), (os.POSIX_SPAWN_DUP2, ends[1], 1)]
+    if len(ends) > 2:
+        actions += [(os.POSIX_SPAWN_DUP2, ends[2], number) for number in _TEXT_DESCRIPTORS]
     try:
         return os.posix_spawn(
             program, [program], environ, file_actions=actions, setsigdef=_RESET_SIGNALS
         )
     except ValueError as error:  # an environment that no process can have
         raise OSError(0, str(error)) from None
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def reap(left: list[int]) -> None:
     """Take those that have ended out of a list of process ids, and out of the system's."""
     if left:
         left[:] = [pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] != pid]
-
-
-def _close(*descriptors: int) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 class QueueDelivery(effects.Delivery):
@@ -285,7 +288,8 @@ class QueueDelivery(effects.Delivery):
         It is waited for, lest it stay as a zombie, but not for long: nobody needs its status, and
         the next delivery will look again.
         """
-        _close(self._message, self._envelope)
+        os.close(self._message)
+        os.close(self._envelope)
         self._pieces.clear()
         deadline = time.monotonic() + _REAP_SECONDS
         while not self._has_ended():

@@ -12,19 +12,22 @@ from __future__ import annotations
 class Reply:
     """One reply (RFC 5321 section 4.2): code, lines of text, and whether the session ends."""
 
-    __slots__ = ("code", "final", "lines")
+    __slots__ = ("_octets", "code", "final", "lines")
 
     def __init__(self, code: int, *lines: bytes, final: bool = False) -> None:
         self.code = code
         self.lines = lines
         self.final = final
+        self._octets = b""
 
     def render(self) -> bytes:
-        """The octets of the reply (RFC 5321 section 4.2.1)."""
-        octets = b"%d %s\r\n" % (self.code, self.lines[-1])
-        for line in self.lines[-2::-1]:
-            octets = b"%d-%s\r\n%s" % (self.code, line, octets)
-        return octets
+        """The octets of the reply (RFC 5321 section 4.2.1), which are kept: most are constants."""
+        if not self._octets:
+            octets = b"%d %s\r\n" % (self.code, self.lines[-1])
+            for line in self.lines[-2::-1]:
+                octets = b"%d-%s\r\n%s" % (self.code, line, octets)
+            self._octets = octets
+        return self._octets
 
     def __repr__(self) -> str:
         return f"<Reply {self.code} {b' / '.join(self.lines)!r}>"

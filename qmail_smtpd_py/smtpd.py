@@ -157,7 +157,7 @@ class Server(Effects):
 
     def log(self, event: str, fields: Mapping[str, object]) -> None:
         if event != "error" or self._errors.allows(self.log):
-            self._resources.log.write(event, {"ip": self.connection.remote_ip, **fields})
+            self._resources.log.write(event, fields, self.connection.remote_ip)
 
     # Policy
 
@@ -312,7 +312,7 @@ def serve(
     except HandedOver as handed_over:
         return handed_over.exit_status
     except ControlError as error:
-        resources.log.write("error", {"ip": Connection(environ).remote_ip, "why": str(error)})
+        resources.log.write("error", {"why": str(error)}, Connection(environ).remote_ip)
         if not begin:
             wire.write(reply.CONTROLS_UNREADABLE.render())
             if server:  # which has told of the connection, too

@@ -202,7 +202,7 @@ def test_what_opens_another_protocol_inside_of_tls_ends_the_session_too() -> Non
 def test_no_recorded_client_begins_like_that() -> None:
     for case in cases.ALL:
         sent = b"".join(b"".join(step.writes) for step in case.steps)
-        assert sent.startswith(OPENINGS) == (case.name in MEANT), case.name
+        assert sent.startswith(OPENINGS.get(sent[:2], ())) == (case.name in MEANT), case.name
 
 
 MEANT = {"limit-opening-http", "limit-opening-tls", "limit-opening-ssh"}

@@ -106,7 +106,7 @@ class PlannedServer(Server):
         return NOW
 
     def log(self, event: str, fields: dict[str, object]) -> None:
-        self.lines.append(log.format_line(event, {"ip": self.connection.remote_ip, **fields}))
+        self.lines.append(log.format_line(event, fields, self.connection.remote_ip))
 
     def _environ_of(self, identity: Identity) -> dict[str, str]:
         environ = self._child_environ(identity)
