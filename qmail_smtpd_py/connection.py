@@ -6,11 +6,14 @@ learnt during the session is the session's own.
 
 from __future__ import annotations
 
+from . import reply
 from .conduct import Limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from .reply import Reply
 
 
 class Connection:
@@ -83,19 +86,23 @@ class Settings:
     is a check program; `force_tls` whether AUTH needs TLS, `require_tls` whether mail needs it, and
     `disable_tls` whether there is no STARTTLS; `force_auth_mail_from` whether who has authenticated
     may send as nobody else; `hide_host` whether Received leaves out where they are; `limits` is
-    what the client may do.
+    what the client may do.  What is said of it to clients is the same in many sessions: `opening`
+    and `goodbye` are the replies to connect and QUIT.
     """
 
     __slots__ = (
+        "_hellos",
         "auth",
         "can_authenticate",
         "databytes",
         "disable_tls",
         "force_auth_mail_from",
         "force_tls",
+        "goodbye",
         "greeting",
         "hide_host",
         "limits",
+        "opening",
         "require_tls",
     )
 
@@ -122,3 +129,15 @@ class Settings:
         self.force_auth_mail_from = force_auth_mail_from
         self.hide_host = hide_host
         self.limits = limits or Limits()
+        self.opening = reply.greeting(greeting)
+        self.goodbye = reply.goodbye(greeting)
+        self._hellos: dict[tuple[bool, bool], Reply] = {}
+
+    def hello(self, with_tls: bool, with_auth: bool) -> Reply:
+        """The reply to EHLO (RFC 5321 section 4.1.1.1), with STARTTLS and AUTH or without."""
+        kept = self._hellos.get((with_tls, with_auth))
+        if kept is None:
+            mechanisms = self.auth.mechanisms if with_auth else ()
+            kept = reply.hello(self.greeting, with_tls, mechanisms, self.databytes)
+            self._hellos[with_tls, with_auth] = kept
+        return kept

@@ -64,6 +64,10 @@ class Effects:
         """The time in seconds since 1970."""
         raise NotImplementedError
 
+    def date(self) -> bytes:
+        """The same as header fields have it (RFC 5322 section 3.3)."""
+        raise NotImplementedError
+
     def log(self, event: str, fields: Mapping[str, object]) -> None:
         """Write a line to the log; a field that is None is left out."""
         raise NotImplementedError

@@ -26,7 +26,6 @@ _VALUE_LIMIT = 1200
 _PLAIN = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@%+/=:_-<>[],!#&*~?"
 _PRINTABLE = bytes(range(32, 127))
 _QUOTABLE = _PRINTABLE.translate(None, b'"\\')
-_CODING = "utf-8", "backslashreplace"
 _LINE_LIMIT = 4000  # octets; what a pipe takes in one piece is 4096
 
 _PATIENCE = 1.0  # seconds that a line waits for a reader that is slow, or stuck
@@ -70,10 +69,14 @@ def _octets_of(value: object) -> bytes:
     """A value as it stands in a line."""
     if type(value) is int:
         return b"%d" % value
-    octets = value if type(value) is bytes else str(value).encode(*_CODING)
+    octets = value if type(value) is bytes else _encoded(str(value))
     if octets and len(octets) <= _VALUE_LIMIT and octets.translate(_TO_PLAIN) == octets:
         return octets
     return b'"%s"' % escaped(octets, _QUOTABLE, _VALUE_LIMIT)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 class Log:
@@ -98,7 +101,7 @@ class Log:
 
     def write_line(self, line: str) -> bool:
         """Write a line that has a form of its own, as tcpserver's have; it is made printable."""
-        return self._put(line.encode(*_CODING).translate(_TO_PRINTABLE)[:_LINE_LIMIT])
+        return self._put(_encoded(line).translate(_TO_PRINTABLE)[:_LINE_LIMIT])
 
     def _put(self, line: bytes) -> bool:
         """Write a line.

@@ -8,6 +8,10 @@ filters know stays true; the enhanced status code (RFC 3463) stands in brackets 
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class Reply:
     """One reply (RFC 5321 section 4.2): code, lines of text, and whether the session ends."""
@@ -98,6 +102,16 @@ NO_DELIVERY = Reply(451, b"qqt failure (#4.3.0)")
 def greeting(name: bytes) -> Reply:
     """The opening message of a session (RFC 5321 section 4.2)."""
     return Reply(220, name + b" ESMTP")
+
+
+def hello(name: bytes, has_tls: bool, mechanisms: Sequence[bytes], databytes: int) -> Reply:
+    """The answer to EHLO (RFC 5321 section 4.1.1.1), with what there is of extensions."""
+    lines = [name, b"PIPELINING", b"8BITMIME"]
+    if has_tls:
+        lines.insert(1, b"STARTTLS")
+    if mechanisms:
+        lines.append(b"AUTH " + b" ".join(mechanisms))
+    return Reply(250, *lines, b"SIZE %d" % databytes)
 
 
 def goodbye(name: bytes) -> Reply:

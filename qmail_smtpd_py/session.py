@@ -91,7 +91,7 @@ class Session:
 
     def greet(self) -> bytes:
         """The opening message."""
-        return reply.greeting(self._settings.greeting).render()
+        return self._settings.opening.render()
 
     def receive(self, data: bytes) -> bytes:
         """Take in what the client sent; the replies to it.
@@ -206,7 +206,7 @@ class Session:
 
     def _quit(self, argument: bytes) -> Reply:
         self.exit_status = 0
-        return reply.goodbye(self._settings.greeting)
+        return self._settings.goodbye
 
     # Commands that end a transaction
 
@@ -218,14 +218,8 @@ class Session:
 
     def _extended_hello(self, argument: bytes) -> Reply:
         self._hello(argument)
-        lines = [self._settings.greeting]
-        if self._may_start_tls() and self._effects.offers_tls():
-            lines.append(b"STARTTLS")
-        lines += [b"PIPELINING", b"8BITMIME"]
-        if self._settings.auth.mechanisms and not self._auth_needs_tls():
-            lines.append(b"AUTH " + b" ".join(self._settings.auth.mechanisms))
-        lines.append(b"SIZE %d" % self._settings.databytes)
-        return Reply(250, *lines)
+        with_tls = self._may_start_tls() and self._effects.offers_tls()
+        return self._settings.hello(with_tls, with_auth=not self._auth_needs_tls())
 
     def _rset(self, argument: bytes) -> Reply:
         self._transaction = None
@@ -326,7 +320,7 @@ class Session:
         connection, helo = self._connection, self._helo
         if self._settings.hide_host and self._user is not None:
             connection, helo = connection.without_remote(), None
-        now = self._effects.now()
+        now = self._effects.date()
         delivery.write(trace.received(connection, self._remote_info, helo, protocol, now))
         self.state = MAIL_DATA
         return reply.GO_AHEAD

@@ -12,7 +12,7 @@ import sys
 import time
 from _signal import SIG_DFL, SIGCHLD, signal  # type: ignore[import-not-found]
 
-from . import log, process, reply
+from . import log, process, reply, trace
 from .badmailfrom import BadMailFrom
 from .conduct import Pace, Quota
 from .connection import Connection
@@ -56,7 +56,10 @@ class Resources:
     writes the lines of sessions.  `start` is the directory that a relative qmail home is in.
     """
 
-    __slots__ = ("_home", "_start", "contexts", "encryption", "files", "left_children", "log")
+    __slots__ = (
+        *("_date", "_home", "_second", "_start"),
+        *("contexts", "encryption", "files", "left_children", "log"),
+    )
 
     def __init__(
         self,
@@ -72,6 +75,13 @@ class Resources:
         self.left_children: list[int] = []
         self.encryption: type[Encryption] | None = None
         self._home: bytes | None = None
+        self._second, self._date = -1, b""
+
+    def date(self, second: int) -> bytes:
+        """A time as header fields have it; of many messages in the same second it is the same."""
+        if second != self._second:
+            self._second, self._date = second, trace.date(second)
+        return self._date
 
     def go_home(self, environ: Mapping[bytes, bytes]) -> None:
         """Make the qmail home the current directory; raises ControlError."""
@@ -154,6 +164,9 @@ class Server(Effects):
 
     def now(self) -> int:
         return int(time.time())
+
+    def date(self) -> bytes:
+        return self._resources.date(self.now())
 
     def log(self, event: str, fields: Mapping[str, object]) -> None:
         if event != "error" or self._errors.allows(self.log):

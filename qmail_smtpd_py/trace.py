@@ -39,12 +39,12 @@ def received(
     remote_info: bytes | None,
     helo: bytes | None,
     protocol: bytes,
-    now: int,
+    now: bytes,
 ) -> bytes:
     """The Received field of a message, its line ends bare line feeds as qmail-queue wants them.
 
-    `helo` is None where the client gave no name, or that of its host; `protocol` is put in as it
-    is.
+    `helo` is None where the client gave no name, or that of its host; `protocol` and `now`, a date,
+    are put in as they are.
     """
     host = safe(connection.remote_host)
     said = b"" if helo is None else b" (HELO %s)" % safe(helo)
@@ -56,7 +56,7 @@ def received(
         safe(connection.remote_ip),
         safe(connection.local),
         protocol,
-        date(now),
+        now,
     )
 
 

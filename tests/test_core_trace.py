@@ -24,7 +24,7 @@ def received(
     helo: bytes | None = None,
     protocol: bytes = b"SMTP",
 ) -> bytes:
-    return trace.received(Connection(environ), info, helo, protocol, NOW)
+    return trace.received(Connection(environ), info, helo, protocol, trace.date(NOW))
 
 
 TCP = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from binascii import b2a_base64
 
-from qmail_smtpd_py import log, reply
+from qmail_smtpd_py import log, reply, trace
 from qmail_smtpd_py.connection import Connection, Settings
 from qmail_smtpd_py.effects import ControlError, Delivery, Effects, Identity
 from qmail_smtpd_py.sasl import Credentials
@@ -62,6 +62,9 @@ class World(Effects):
 
     def now(self) -> int:
         return NOW
+
+    def date(self) -> bytes:
+        return trace.date(NOW)
 
     def log(self, event: str, fields: dict[str, object]) -> None:
         self.lines.append(log.format_line(event, fields))
