@@ -37,12 +37,12 @@ _kept = _reserve()
 
 
 def gather() -> None:
-    """Have the kernel make large pages of what this process has written to."""
+    """Have the kernel make large pages of what this process has written to; raises MemoryError."""
     try:
         import ctypes
 
         advise = ctypes.CDLL(None).madvise
-    except (AttributeError, ImportError, MemoryError, OSError):
+    except (AttributeError, ImportError, OSError):
         return
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for start, end in _own_memory():

@@ -72,9 +72,9 @@ class WarmUp:
                 self._old_code = heap.move(ran)
                 _rehearse(self._service)  # the copies, too, are to be specialised
                 self._filling.fill_mallocs()  # there it has left holes
+            hugepages.gather()
         except MemoryError:
             self._filling.empty()
-        hugepages.gather()
 
 
 def _preload(service: Service) -> None:
