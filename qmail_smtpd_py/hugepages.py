@@ -19,6 +19,7 @@ _RESERVE = 5 << 20  # octets that a listener comes to need, over what the interp
 # Octets of an arena, and of an object: what is larger the interpreter has from malloc.
 _ARENA = 1 << 20 if sys.maxsize > 2**32 and sys.version_info >= (3, 10) else 256 << 10
 _OBJECT = 512
+_AMPLE = 40 << 20  # octets of address space; with less, what it is for may lack room elsewhere
 
 _MADV_COLLAPSE = 25  # madvise(2), Linux 6.1
 _MAPS = "/proc/self/maps"
@@ -27,6 +28,7 @@ _MAPS = "/proc/self/maps"
 def _reserve() -> list[bytes]:
     """Have arenas made, and give back all but what keeps them: an object in each."""
     try:
+        bytes(_AMPLE)
         made = [bytes(_OBJECT - sys.getsizeof(b"")) for _ in range(_RESERVE // _OBJECT)]
     except MemoryError:
         return []
@@ -42,7 +44,7 @@ def gather() -> None:
         import ctypes
 
         advise = ctypes.CDLL(None).madvise
-    except (AttributeError, ImportError, OSError):
+    except (AttributeError, ImportError, OSError, SystemError):
         return
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for start, end in _own_memory():

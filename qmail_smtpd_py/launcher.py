@@ -111,7 +111,7 @@ SERVERS = ("qmail-smtpd-listen",)
 _LAUNCHER = """\
 #!{interpreter} {flags}
 # Made by {package}/launcher.py, which tells why it is so.
-import marshal, sys, _frozen_importlib_external
+import marshal, posix, sys, _frozen_importlib_external
 
 sys.path += {path!r}
 sources = {sources!r}
@@ -122,29 +122,39 @@ try:
     start = image.read({size})
     if start.endswith(_frozen_importlib_external.MAGIC_NUMBER):
         run = marshal.loads(start)
+    else:
+        image.close()
 except Exception:
-    pass
-exec(run)
+    image = None
+try:
+    exec(run)
+except Exception:  # there is no memory to compile it
+    posix.write(1, {reply!r})
+    posix.write(2, {words!r})
+    posix._exit({trouble})
 """
 
 _RUN = """\
-import posix, _signal
+import _signal
 
-status, reply = {trouble}, {reply!r}
+status, reply, words = {trouble}, {reply!r}, {words!r}
 try:
     {load}
     from {package}.{main} import main
     reply = b""
     status = main()
 except Exception as error:
-    image = modules = None  # there may be no memory for words
-    why = "%s (uid %d): can it not read the program, or is the memory limit too low?"
-    why %= (type(error).__name__, posix.geteuid())
+    image = modules = None  # there may be no memory for words of its own
     try:
         posix.write(1, reply)
     finally:
-        _signal.alarm(2)  # a log that takes nothing is not waited for
-        posix.write(2, ('{name}[%d]: error why="%s"\\n' % (posix.getpid(), why)).encode())
+        try:
+            why = "%s (uid %d): can it not read the program, or is the memory limit too low?"
+            why %= (type(error).__name__, posix.geteuid())
+            words = ('{name}[%d]: error why="%s"\\n' % (posix.getpid(), why)).encode()
+        finally:
+            _signal.alarm(2)  # a log that takes nothing is not waited for
+            posix.write(2, words)
 finally:
     posix._exit(status)
 """
@@ -225,15 +235,16 @@ def modules(program: Program) -> bytes:
 
 
 def _run(name: str, load: str) -> str:
-    program = PROGRAMS[name]
     return _RUN.format(
-        name=name,
-        package=PACKAGE,
-        main=program.main,
-        reply=program.reply,
-        trouble=program.trouble,
-        load=load,
+        name=name, package=PACKAGE, main=PROGRAMS[name].main, load=load, **_trouble(name)
     )
+
+
+def _trouble(name: str) -> dict[str, object]:
+    """What there is to say, and to exit with, where a program can not be loaded."""
+    words = f'{name}: error why="out of memory: is the memory limit too low?"\n'
+    program = PROGRAMS[name]
+    return {"trouble": program.trouble, "reply": program.reply, "words": words.encode()}
 
 
 def _add(name: str, entries: dict[str, Entry], late: Collection[str]) -> None:
@@ -268,7 +279,11 @@ def launcher(name: str, image: Path, size: int) -> bytes:
     no script can name the interpreter.
     """
     text = _LAUNCHER.format(
-        run=_run(name, "pass"), image=str(image), size=size, **_surroundings(PROGRAM_FLAGS)
+        run=_run(name, "pass"),
+        image=str(image),
+        size=size,
+        **_trouble(name),
+        **_surroundings(PROGRAM_FLAGS),
     )
     return os.fsencode(text)
 

@@ -75,7 +75,8 @@ class Resources:
         self.left_children: list[int] = []
         self.encryption: type[Encryption] | None = None
         self._home: bytes | None = None
-        self._second, self._date = -1, b""
+        self._second: int | None = None
+        self._date = b""
 
     def date(self, second: int) -> bytes:
         """A time as header fields have it; of many messages in the same second it is the same."""

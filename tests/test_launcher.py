@@ -221,6 +221,32 @@ def test_without_a_good_image_modules_are_imported(
     assert {name for name in found if name.startswith("qmail_")} == in_image - not_at_once
 
 
+@pytest.mark.parametrize(("name", "status"), [("qmail-smtpd", 1), ("qmail-queue-maildir", 54)])
+def test_an_image_that_is_not_used_does_not_take_the_place_of_a_descriptor(
+    name: str, status: int, copied: Path, stage: Stage
+) -> None:
+    stage.control({"me": "mx.example.org\n"})
+    image, size = copied / f"{name}.image", start_size(copied, name)
+    octets = image.read_bytes()
+    image.write_bytes(octets[: size - len(MAGIC)] + b"\0" * len(MAGIC) + octets[size:])
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" <&-', copied / name],
+        capture_output=True,
+        env=stage.env,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.count(b"\n")) == (status, name == "qmail-smtpd")
+
+
+def test_there_are_words_even_where_none_can_be_compiled(copied: Path, stage: Stage) -> None:
+    launcher = copied / "qmail-smtpd"
+    launcher.write_text(re.sub(r'(?s)run = r""".*?"""', "run = '('", launcher.read_text()))
+    (copied / "qmail-smtpd.image").unlink()
+    done = subprocess.run([launcher], capture_output=True, env=stage.env, check=False)
+    assert (done.returncode, done.stdout) == (1, b"421 out of memory (#4.3.0)\r\n")
+    assert b"is the memory limit too low?" in done.stderr
+
+
 def cut_off(image: Path) -> None:
     """Leave an image half of what it has."""
     octets = image.read_bytes()
