@@ -142,7 +142,8 @@ def test_what_workers_share_lies_side_by_side(mx: Stage) -> None:
         listener.greeted().close()
         maps = Path(f"/proc/{listener.pid}/maps").read_text().splitlines()
     own = [line.split()[0].split("-") for line in maps if len(line.split()) == 5]
-    assert max(int(end, 16) - int(start, 16) for start, end in own) > hugepages._RESERVE
+    largest = max(int(end, 16) - int(start, 16) for start, end in own)
+    assert largest > hugepages._RESERVE * 3 // 4, "without it, there are 3 MiB between libraries"
 
 
 @pytest.mark.tls
