@@ -91,11 +91,11 @@ _OPENINGS: dict[bytes, str] = {
 }
 """What other protocols begin with; none of it could be the start of a command of SMTP."""
 
-OPENINGS = {
-    first: tuple(opening for opening in _OPENINGS if opening[:2] == first)
-    for first in {opening[:2] for opening in _OPENINGS}
-}
+OPENINGS: dict[bytes, tuple[bytes, ...]] = {}
 """Those, by their first two octets: most clients begin with two others."""
+
+for _opening in _OPENINGS:
+    OPENINGS[_opening[:2]] = (*OPENINGS.get(_opening[:2], ()), _opening)
 
 MOST_REFUSALS = 100
 """Refusals in a session that the log is told of."""

@@ -14,21 +14,25 @@ from __future__ import annotations
 
 import sys
 
+from .memory import is_ample
+
 _LARGE = 2 << 20  # octets of a large page, where others have 4 KiB
 _RESERVE = 5 << 20  # octets that a listener comes to need, over what the interpreter begins with
 # Octets of an arena, and of an object: what is larger the interpreter has from malloc.
 _ARENA = 1 << 20 if sys.maxsize > 2**32 and sys.version_info >= (3, 10) else 256 << 10
 _OBJECT = 512
-_AMPLE = 40 << 20  # octets of address space; with less, what it is for may lack room elsewhere
 
 _MADV_COLLAPSE = 25  # madvise(2), Linux 6.1
 _MAPS = "/proc/self/maps"
 
 
 def _reserve() -> list[bytes]:
-    """Have arenas made, and give back all but what keeps them: an object in each."""
+    """Have arenas made, and give back all but what keeps them: an object in each.  None where they
+    might take the room that something else needs.
+    """
+    if not is_ample():
+        return []
     try:
-        bytes(_AMPLE)
         made = [bytes(_OBJECT - sys.getsizeof(b"")) for _ in range(_RESERVE // _OBJECT)]
     except MemoryError:
         return []

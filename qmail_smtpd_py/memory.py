@@ -26,17 +26,23 @@ _AMPLE = 40 << 20  # octets of address space; pyOpenSSL takes 21 to 26 MiB
 _SECONDS = 5  # for what takes 0.1
 
 
+def is_ample() -> bool:
+    """Whether there is room for a large library, or several, without a closer look."""
+    try:
+        bytes(_AMPLE)
+    except MemoryError:
+        return False
+    return True
+
+
 def see_room_for(load: Callable[[], object], spare: int) -> None:
     """Raise MemoryError where there is no room for what `load` loads and `spare` octets beside it,
     or OSError where a child that tries it can not be had, or takes too long.
 
     An exception of `load` is not raised, unless it is MemoryError: it is for its next caller.
     """
-    try:
-        bytes(_AMPLE)
+    if is_ample():
         return
-    except MemoryError:
-        pass
     child = os.fork()
     if not child:
         _try(load, spare)

@@ -106,9 +106,10 @@ def greeting(name: bytes) -> Reply:
 
 def hello(name: bytes, has_tls: bool, mechanisms: Sequence[bytes], databytes: int) -> Reply:
     """The answer to EHLO (RFC 5321 section 4.1.1.1), with what there is of extensions."""
-    lines = [name, b"PIPELINING", b"8BITMIME"]
+    lines = [name]
     if has_tls:
-        lines.insert(1, b"STARTTLS")
+        lines.append(b"STARTTLS")
+    lines += [b"PIPELINING", b"8BITMIME"]
     if mechanisms:
         lines.append(b"AUTH " + b" ".join(mechanisms))
     return Reply(250, *lines, b"SIZE %d" % databytes)

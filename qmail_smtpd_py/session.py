@@ -320,8 +320,8 @@ class Session:
         connection, helo = self._connection, self._helo
         if self._settings.hide_host and self._user is not None:
             connection, helo = connection.without_remote(), None
-        now = self._effects.date()
-        delivery.write(trace.received(connection, self._remote_info, helo, protocol, now))
+        date = self._effects.date()
+        delivery.write(trace.received(connection, self._remote_info, helo, protocol, date))
         self.state = MAIL_DATA
         return reply.GO_AHEAD
 

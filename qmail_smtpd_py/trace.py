@@ -39,11 +39,11 @@ def received(
     remote_info: bytes | None,
     helo: bytes | None,
     protocol: bytes,
-    now: bytes,
+    date_time: bytes,
 ) -> bytes:
     """The Received field of a message, its line ends bare line feeds as qmail-queue wants them.
 
-    `helo` is None where the client gave no name, or that of its host; `protocol` and `now`, a date,
+    `helo` is None where the client gave no name, or that of its host; `protocol` and `date_time`
     are put in as they are.
     """
     host = safe(connection.remote_host)
@@ -56,7 +56,7 @@ def received(
         safe(connection.remote_ip),
         safe(connection.local),
         protocol,
-        now,
+        date_time,
     )
 
 

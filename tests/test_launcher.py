@@ -207,18 +207,24 @@ def test_without_a_good_image_modules_are_imported(
     damage: str, stage: Stage, launchers: Path, copied: Path
 ) -> None:
     image = copied / "qmail-smtpd.image"
-    size, octets = start_size(copied, "qmail-smtpd"), image.read_bytes()
-    assert octets[:size].endswith(MAGIC)
     if damage == "gone":
         image.unlink()
     elif damage == "of another interpreter":
-        image.write_bytes(octets[: size - len(MAGIC)] + b"\0" * len(MAGIC) + octets[size:])
+        make_foreign(copied, "qmail-smtpd")
     else:
-        image.write_bytes(octets[: size - 1])
+        image.write_bytes(image.read_bytes()[: start_size(copied, "qmail-smtpd") - 1])
     found = imported(stage, copied / "qmail-smtpd")
     in_image = {name for name, _, _ in entries(launchers, "qmail-smtpd")}
     not_at_once = {"qmail_smtpd_py.qmail_queue"}
     assert {name for name in found if name.startswith("qmail_")} == in_image - not_at_once
+
+
+def make_foreign(launchers: Path, name: str) -> None:
+    """Have a program's image be that of another interpreter."""
+    image, size = launchers / f"{name}.image", start_size(launchers, name)
+    octets = image.read_bytes()
+    assert octets[:size].endswith(MAGIC)
+    image.write_bytes(octets[: size - len(MAGIC)] + b"\0" * len(MAGIC) + octets[size:])
 
 
 @pytest.mark.parametrize(("name", "status"), [("qmail-smtpd", 1), ("qmail-queue-maildir", 54)])
@@ -226,9 +232,7 @@ def test_an_image_that_is_not_used_does_not_take_the_place_of_a_descriptor(
     name: str, status: int, copied: Path, stage: Stage
 ) -> None:
     stage.control({"me": "mx.example.org\n"})
-    image, size = copied / f"{name}.image", start_size(copied, name)
-    octets = image.read_bytes()
-    image.write_bytes(octets[: size - len(MAGIC)] + b"\0" * len(MAGIC) + octets[size:])
+    make_foreign(copied, name)
     done = subprocess.run(
         ["sh", "-c", 'exec "$0" <&-', copied / name],
         capture_output=True,
@@ -239,10 +243,10 @@ def test_an_image_that_is_not_used_does_not_take_the_place_of_a_descriptor(
 
 
 def test_there_are_words_even_where_none_can_be_compiled(copied: Path, stage: Stage) -> None:
-    launcher = copied / "qmail-smtpd"
-    launcher.write_text(re.sub(r'(?s)run = r""".*?"""', "run = '('", launcher.read_text()))
+    program = copied / "qmail-smtpd"
+    program.write_text(re.sub(r'(?s)run = r""".*?"""', "run = '('", program.read_text()))
     (copied / "qmail-smtpd.image").unlink()
-    done = subprocess.run([launcher], capture_output=True, env=stage.env, check=False)
+    done = subprocess.run([program], capture_output=True, env=stage.env, check=False)
     assert (done.returncode, done.stdout) == (1, b"421 out of memory (#4.3.0)\r\n")
     assert b"is the memory limit too low?" in done.stderr
 
